@@ -1,0 +1,45 @@
+"""dgm: deep generative models and Bayesian neural networks on Pyro, trained with any approximate posterior.
+
+Names are imported when they are used, so that `dgm --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "latents": "sites",
+    "Packing": "sites",
+    "SVI": "svi",
+    "fit": "fit",
+    "Fit": "fit",
+    "log_weights": "weights",
+    "log_weight_terms": "weights",
+    "evaluate": "evaluate",
+    "compare": "compare",
+    "Comparison": "compare",
+    "load": "datasets",
+    "Dataset": "datasets",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+if TYPE_CHECKING:
+    from .compare import Comparison, compare
+    from .datasets import Dataset, load
+    from .evaluate import evaluate
+    from .fit import Fit, fit
+    from .sites import Packing, latents
+    from .svi import SVI
+    from .weights import log_weight_terms, log_weights
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+        globals()[name] = value  # a function may have its module's name: the function wins
+        return value
+    raise AttributeError(f"module 'dgm' has no attribute {name!r}")

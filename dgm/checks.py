@@ -1,0 +1,84 @@
+"""Checks of data against model before the first step, and the report of a value that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .data import check_support
+from .errors import ModelError
+from .pair import Pair, batch_rows
+from .programs import LocalParameters, Program, preserved_rng, program_name
+from .sites import Latents, read, trace_once
+
+
+def check_observed(
+    model: Program, batch: Sequence[Any], plates: Iterable[str], parameters: LocalParameters | None = None
+) -> Latents:
+    """Hold every observed value against its distribution: shape, support, and that there is one at all.
+
+    Raises:
+        DataError: an observed value has another shape than its distribution, or lies outside the support.
+        ModelError: nothing is observed.
+    """
+    trace = trace_once(model, *batch, parameters=parameters)
+    found = read(trace, plates)
+    if not found.observed:
+        raise ModelError(f"{program_name(model)} observes nothing: give the data to a site (obs=x), or its guide would learn the prior")
+    for name, node in found.observed.items():
+        check_support(node["value"], node["fn"], name)
+    return found
+
+
+def explain_nonfinite(
+    pair: Pair, step: int, what: str, gradients: Sequence[str], batch: Sequence[Any], rows: Tensor | None
+) -> str:
+    """The message of training that met a value that is not finite: step, site, rows and parameter."""
+    parts = [f"step {step}: {what}"]
+    bad = [name for name, p in pair.parameters().items() if not bool(torch.isfinite(p).all())]
+    if bad:
+        parts.append(f"parameter {bad[0]!r} was not finite before the step")
+    site = _first_bad_site(pair, batch, rows)
+    if site is not None:
+        parts.append(site)
+    if gradients:
+        parts.append(f"first parameter whose gradient is not finite: {gradients[0]!r}")
+    parts.append("the parameters are those of the last good step; try a smaller learning rate, clip=10, or look at that site's scale")
+    return "; ".join(parts)
+
+
+def _first_bad_site(pair: Pair, batch: Sequence[Any], rows: Tensor | None) -> str | None:
+    with pair.running(rows=rows), preserved_rng(), torch.no_grad():
+        try:
+            guide = poutine.trace(pair.guide).get_trace(*batch)
+            model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
+            guide.compute_log_prob()
+            model.compute_log_prob()
+        except (ValueError, RuntimeError) as error:
+            return f"and the program raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    for where, trace in (("guide", guide), ("model", model)):
+        for name, node in trace.nodes.items():
+            if node["type"] != "sample":
+                continue
+            for kind, value in (("value", node["value"]), ("log-probability", node["log_prob"])):
+                finite = torch.isfinite(value) if value.is_floating_point() else torch.ones((), dtype=torch.bool)
+                if not bool(finite.all()):
+                    return f"first site that is not finite: {name!r} of the {where} ({kind}{_which_rows(finite, node, rows)})"
+    return None
+
+
+def _which_rows(finite: Tensor, node: Any, rows: Tensor | None) -> str:
+    frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+    if not frames or finite.dim() == 0:
+        return ""
+    size = frames[0].size
+    axis = next((i for i, n in enumerate(finite.shape) if n == size), None)
+    if axis is None:
+        return ""
+    bad = (~finite).movedim(axis, 0).reshape(size, -1).any(1).nonzero().flatten()
+    names = rows[bad] if rows is not None and len(rows) == size else bad
+    return f", rows {names[:5].tolist()}" + (" ..." if len(bad) > 5 else "")

@@ -1,0 +1,368 @@
+"""Data as tensors: conversion, checks made before training, random splits and batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution, Independent, constraints
+
+from .errors import DataError, OptionError
+
+_ARRAYS = (Tensor, np.ndarray, pd.DataFrame, pd.Series)
+
+
+def as_tensors(
+    data: Any,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Tensor, ...]:
+    """Data of any usual kind as a tuple of checked tensors with one leading length N.
+
+    Floats get one dtype. Whole numbers and booleans become int64 class labels where the array has one dimension
+    and floats where it has more (pixels, indicator columns). The caller's arrays are never written to.
+
+    Args:
+        data: one array, or a tuple or list of arrays: tensor, numpy array, pandas frame or series, list of numbers.
+        device: where the tensors shall live; None leaves tensors where they are.
+        dtype: a floating dtype; None means ``torch.get_default_dtype()``.
+        names: what messages call the arrays; ``("x", "y")`` unless told.
+
+    Raises:
+        DataError: a column that holds no numbers, a value that is not finite, no rows, unequal lengths. Columns are
+            named as pandas names them; rows count from 0.
+        OptionError: ``dtype`` is not a floating dtype.
+
+    >>> x, y = as_tensors(([[0, 1], [1, 0]], [3, 4]))
+    >>> x.dtype, y.dtype
+    (torch.float32, torch.int64)
+    """
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise OptionError(f"dtype must be a floating dtype, not {dtype}; labels stay int64 by themselves")
+    arrays = _several(data)
+    labels = [*(names or ("x", "y")[: len(arrays)])]
+    labels += [f"array {i}" for i in range(len(labels), len(arrays))]
+    tensors = tuple(_tensor(array, label, dtype, device) for array, label in zip(arrays, labels, strict=False))
+    lengths = [len(t) for t in tensors]
+    if len(set(lengths)) > 1:
+        told = ", ".join(f"{label} has {n} rows" for label, n in zip(labels, lengths, strict=False))
+        raise DataError(f"{told}; row n of each array must be the same data point")
+    return tensors
+
+
+def _several(data: Any) -> list[Any]:
+    """A tuple is several arrays; a list is several only where it holds arrays, for [1, 2] is one array of numbers."""
+    if isinstance(data, tuple | list) and len(data) and not all(isinstance(a, Number) for a in data):
+        if isinstance(data, tuple) or any(isinstance(a, _ARRAYS) for a in data):
+            return list(data)
+    return [data]
+
+
+def _tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    columns = [str(c) for c in value.columns] if isinstance(value, pd.DataFrame) else None
+    if isinstance(value, pd.Series) and value.name is not None:
+        name = f"{name} (column {str(value.name)!r})"
+    if isinstance(value, pd.DataFrame | pd.Series):
+        value = _from_pandas(value, name)
+    if isinstance(value, Tensor):
+        raw = value.detach()
+        if raw.is_complex():
+            raise DataError(f"{name} holds complex numbers; give real and imaginary part as two columns")
+    else:
+        raw = _from_numpy(value, name, dtype)
+    if raw.dim() == 0:
+        raise DataError(f"{name} is a single number; expected one row for each data point")
+    if raw.numel() == 0:
+        raise DataError(f"{name} is empty: its shape is {tuple(raw.shape)}")
+    label = raw.dim() == 1 and not raw.is_floating_point()
+    result = raw.to(device=device, dtype=torch.int64 if label else dtype)
+    if not label and not torch.isfinite(result).all():
+        _refuse_nonfinite(raw, name, columns)
+        _refuse_nonfinite(result, name, columns, f"too large for {dtype}")
+    return result
+
+
+def _from_pandas(value: pd.DataFrame | pd.Series, name: str) -> np.ndarray:
+    frame = isinstance(value, pd.DataFrame)
+    if value.size == 0:
+        raise DataError(f"{name} is empty: its shape is {value.shape}")
+    for position, (label, column) in enumerate(value.items() if frame else [("", value)]):
+        if getattr(column.dtype, "kind", "O") not in "biuf":
+            where = f"column {str(label)!r} ({position}) of {name}" if frame else name
+            raise DataError(
+                f"{where} holds {column.dtype}, not numbers (row 0: {column.iloc[0]!r}); encode it or drop it"
+            )
+    if not frame and value.dtype.kind in "biu" and not value.isna().any():
+        return value.to_numpy(dtype=np.int64)
+    return value.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _from_numpy(value: Any, name: str, dtype: torch.dtype) -> Tensor:
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{name} is no array: its rows differ in length, or it holds no numbers ({error})") from None
+    if array.dtype.kind not in "biuf":
+        kind = f"a {type(value).__name__}" if array.dtype.kind == "O" else f"{array.dtype}"
+        raise DataError(f"{name} is {kind} and not an array of numbers; give a tensor, numpy array or pandas frame")
+    if array.ndim == 1 and array.dtype.kind in "biu":
+        target: type = np.int64
+    else:
+        target = np.float64 if dtype == torch.float64 or array.dtype.itemsize > 4 else np.float32
+    return torch.from_numpy(np.array(array, dtype=target, order="C"))  # a copy: writable, native and contiguous
+
+
+def _refuse_nonfinite(t: Tensor, name: str, columns: list[str] | None = None, what: str | None = None) -> None:
+    """Raise a DataError that names the first column and the rows of values that are not finite."""
+    for kind, bad in (("NaN", torch.isnan(t)), ("inf", torch.isinf(t))):
+        count = int(bad.sum())
+        if not count:
+            continue
+        where, others = name, 0
+        if t.dim() == 2:
+            in_column = bad.sum(0)
+            first = int(in_column.nonzero()[0])
+            others, count, bad = int((in_column > 0).sum()) - 1, int(in_column[first]), bad[:, first]
+            where = f"column {columns[first]!r} ({first}) of {name}" if columns else f"column {first} of {name}"
+        also = f", and so have {others} more columns" if others > 1 else ", and so has 1 more column" * others
+        cure = "rescale it" if what else "drop or impute it"
+        noun = f"value{'s' * (count > 1)} {what}" if what else kind
+        raise DataError(f"{where} has {count} {noun} ({_rows(bad)}){also}; {cure}")
+
+
+def _rows(bad: Tensor) -> str:
+    index = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if bad.dim() else []
+    shown = ", ".join(map(str, index[:5])) + (", ..." if len(index) > 5 else "")
+    return f"row{'s' * (len(index) > 1)} {shown}" if index else "no rows"
+
+
+def check_batch_size(n: int, batch_size: int | None) -> int:
+    """The batch size that will be used for n rows; None means all rows at once.
+
+    Raises:
+        DataError: there are no rows, or fewer than one batch holds (training would be zero steps).
+        OptionError: ``batch_size`` is not a positive whole number.
+
+    >>> check_batch_size(100, 32), check_batch_size(100, None)
+    (32, 100)
+    """
+    if n < 1:
+        raise DataError("the data has no rows")
+    if batch_size is None:
+        return n
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise OptionError(f"batch_size must be a whole number >= 1, or None for all rows; got {batch_size!r}")
+    if batch_size > n:
+        raise DataError(f"batch_size={batch_size} is larger than the data ({n} rows); use at most {n}, or None")
+    return batch_size
+
+
+def split(
+    tensors: Sequence[Tensor], fraction: float, generator: torch.Generator
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Two random parts (train, valid), the second with ``fraction`` of the rows, at least one row each.
+
+    >>> train, valid = split((torch.zeros(10, 2), torch.zeros(10)), 0.2, torch.Generator().manual_seed(0))
+    >>> len(train[0]), len(valid[1])
+    (8, 2)
+    """
+    if not 0.0 < fraction < 1.0:
+        raise OptionError(f"fraction must lie between 0 and 1, got {fraction}")
+    n = len(tensors[0])
+    if n < 2:
+        raise DataError(f"{n} rows cannot be split in two parts")
+    held_out = min(max(round(fraction * n), 1), n - 1)
+    order = torch.randperm(n, generator=generator, device=generator.device)
+    train, valid = order[:-held_out], order[-held_out:]
+    return tuple(t[train.to(t.device)] for t in tensors), tuple(t[valid.to(t.device)] for t in tensors)
+
+
+def batches(
+    n: int, batch_size: int | None, generator: torch.Generator | None = None, device: torch.device | str | None = None
+) -> Iterator[Tensor]:
+    """One epoch of index tensors that hold each of 0 .. n-1 once, shuffled by their own generator.
+
+    A smaller last batch is kept, but one of a single row joins the batch before it, because batch normalisation
+    cannot train on one row: that batch then has ``batch_size + 1`` rows. Without a generator rows keep their order.
+    The permutation is drawn when the function is called, not when the first batch is asked for.
+
+    >>> [len(index) for index in batches(9, 4, torch.Generator().manual_seed(0))]
+    [4, 5]
+    """
+    size = check_batch_size(n, batch_size)
+    if generator is None:
+        order = torch.arange(n)
+    else:
+        order = torch.randperm(n, generator=generator, device=generator.device)
+    order = order.to(device)
+    starts = list(range(0, n, size))
+    if size > 1 and len(starts) > 1 and n - starts[-1] == 1:
+        starts.pop()
+    return iter([order[a:b] for a, b in zip(starts, [*starts[1:], n], strict=True)])
+
+
+def check_support(value: Any, distribution: Distribution, site: str) -> None:
+    """Refuse an observed value that its likelihood cannot have produced.
+
+    To be called once for each observed site, on a distribution as a trace records it (expanded by its plates).
+
+    Args:
+        value: the observed value.
+        distribution: its torch or Pyro distribution; ``.to_event``, ``.mask`` and the like are seen through.
+        site: name for messages.
+
+    Raises:
+        DataError: the shapes differ (even where they would broadcast), a value is not finite, lies outside the
+            support, or on an edge where the density is zero or infinite.
+
+    >>> import pyro.distributions as dist
+    >>> check_support(torch.tensor([0.5, 1.0]), dist.Bernoulli(torch.zeros(2)), "x")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    dgm.errors.DataError: site 'x': 50 % of the observed values lie outside the support {0, 1} of Bernoulli...
+    """
+    base = distribution
+    while isinstance(base, Independent | MaskedDistribution | ExpandedDistribution):
+        if isinstance(base, MaskedDistribution) and base._mask is False:
+            return  # Pyro does not look at this value either
+        base = base.base_dist
+    kind = type(base).__name__
+    if not isinstance(value, Tensor):
+        raise DataError(f"site {site!r}: the observed value is a {type(value).__name__}, not a tensor; see as_tensors")
+    _check_shape(value.shape, distribution.batch_shape + distribution.event_shape, site, kind)
+    if value.numel() == 0:
+        raise DataError(f"site {site!r}: the observed value is empty, shape {tuple(value.shape)}")
+    if not torch.isfinite(value).all():
+        _refuse_nonfinite(value if value.dim() else value.reshape(1), f"the observed value of site {site!r}")
+    support = _elementary(distribution)
+    if support is None:
+        return
+    integer_bits = isinstance(support, type(constraints.boolean)) and not value.is_floating_point()
+    if integer_bits:
+        raise DataError(f"site {site!r}: {kind} needs floating values, got {value.dtype}; use .float()")
+    inside = support.check(value)
+    low, high = float(value.min()), float(value.max())
+    if not inside.all():
+        share = 100.0 * float((~inside).double().mean())
+        seen = f"{str(value.dtype).removeprefix('torch.')}, min {low:.6g}, max {high:.6g}"
+        raise DataError(
+            f"site {site!r}: {share:.3g} % of the observed values lie outside the support {_text(support)} of {kind} "
+            f"({seen}); {_cure(support, value, low, high)}"
+        )
+    _check_edge(value, distribution, support, site, kind)
+
+
+def _check_shape(value: torch.Size, expected: torch.Size, site: str, kind: str) -> None:
+    if value == expected:
+        return
+    v, e = tuple(value), tuple(expected)
+    if v == (*e, 1):
+        cure = "pass it with .squeeze(-1)"
+    elif e == (*v, 1):
+        cure = "take .squeeze(-1) of the distribution's parameters, or pass the value with .unsqueeze(-1)"
+    elif len(v) == 1 and e == v + v:
+        cure = "parameters of shape (N, 1) met a plate of N rows: take .squeeze(-1) of them"
+    elif math.prod(v) == math.prod(e):
+        cure = f"pass it with .reshape({e})"
+    else:
+        cure = "one of the two has a wrong number of rows or columns"
+    raise DataError(f"site {site!r}: the observed value has shape {v}, but {kind} has shape {e}; {cure}")
+
+
+def _elementary(distribution: Distribution) -> constraints.Constraint | None:
+    """The support of single values (or single events, such as a simplex), None where there is none to check."""
+    try:
+        support = distribution.support
+    except NotImplementedError:
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return None if support is None or constraints.is_dependent(support) else support
+
+
+def _bounds(support: constraints.Constraint) -> tuple[float, float]:
+    """Least lower and greatest upper bound; infinite where there is none."""
+    lower = getattr(support, "lower_bound", -math.inf)
+    upper = getattr(support, "upper_bound", math.inf)
+    return float(torch.as_tensor(lower).min()), float(torch.as_tensor(upper).max())
+
+
+def _text(support: constraints.Constraint) -> str:
+    if isinstance(support, type(constraints.boolean)):
+        return "{0, 1}"
+    low, high = _bounds(support)
+    if math.isinf(low) and math.isinf(high):
+        return repr(support)
+    if support.is_discrete:
+        return f"{{{low:g}, ..., {high:g}}}" if math.isfinite(high) else f"{{{low:g}, {low + 1:g}, ...}}"
+    return f"between {low:g} and {high:g}"
+
+
+_GREY = "binarize='batch', 'once' or 'threshold', or use a Gaussian or ContinuousBernoulli likelihood"
+
+
+def _cure(support: constraints.Constraint, value: Tensor, low: float, high: float) -> str:
+    """What to do about values in [low, high] that this support does not hold."""
+    whole = bool((value == value.round()).all())
+    bottom, top = _bounds(support)
+    if isinstance(support, type(constraints.boolean)):
+        if low < 0:
+            signs = bool((value.abs() == 1).all())
+            return "labels -1 and 1 become 0 and 1 by (y + 1) / 2" if signs else "use a Gaussian likelihood"
+        if high <= 1:
+            return f"grey pixels: {_GREY}"
+        return f"divide by 255 first, then {_GREY}" if high <= 255 else "use a Gaussian likelihood, or counts"
+    if isinstance(support, type(constraints.one_hot)):
+        return "use torch.nn.functional.one_hot(y, K).float(), or a Categorical likelihood"
+    if isinstance(support, type(constraints.simplex)):
+        sums = value.sum(-1)
+        return (
+            f"each row must be >= 0 and sum to 1 (the sums run from {float(sums.min()):.6g} to {float(sums.max()):.6g})"
+        )
+    if support.is_discrete:
+        if not whole:
+            scaled = 0 <= low and high <= 1 and math.isfinite(top)
+            return f"take (x * {top:g}).round()" if scaled else "values must be whole numbers: round them"
+        if (low, high) == (bottom + 1, top + 1):
+            return "labels count from 1: subtract 1"
+        if high > top:
+            known, needed = top - bottom + 1, high - bottom + 1
+            return f"the model knows {known:g} classes, the data needs {needed:g}: give the model more"
+        return f"values below {bottom:g} mean nothing here: drop or recode these rows"
+    if (bottom, top) == (0.0, 1.0):
+        return "divide by 255" if low >= 0 and high <= 255 else "rescale to [0, 1], or use a Gaussian likelihood"
+    return "transform the data, or use a likelihood on all reals (Normal, StudentT)"
+
+
+def _check_edge(
+    value: Tensor, distribution: Distribution, support: constraints.Constraint, site: str, kind: str
+) -> None:
+    """Closed supports hide open ones (Beta at 0, Gamma at 0, Uniform at its upper end): ask the density itself."""
+    if isinstance(support, type(constraints.simplex)):
+        edge, interval = value == 0, "the simplex"
+    else:
+        low, high = _bounds(support)
+        edge = (value == getattr(support, "lower_bound", -math.inf)) | (
+            value == getattr(support, "upper_bound", math.inf)
+        )
+        interval = f"({low:g},{high:g})"
+    if support.is_discrete or not edge.any():
+        return
+    with torch.no_grad():
+        finite = bool(torch.isfinite(distribution.log_prob(value)).all())
+    if not finite:
+        share = 100.0 * float(edge.double().mean())
+        raise DataError(
+            f"site {site!r}: {int(edge.sum())} observed values ({share:.3g} %) are on the edge of {interval}, where "
+            f"the density of {kind} is zero or infinite; move them inside, such as by .clamp(1e-3, 1 - 1e-3) for (0,1)"
+        )

@@ -1,0 +1,283 @@
+"""A model and a guide together: their parameters, their checks, and the ELBO as a pure function.
+
+`loss(parameters, batch, noise)` depends on nothing else, so that a step can be traced, replicated and replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from .errors import GuideError, ModelError, did_you_mean
+from .noise import replaying
+from .programs import LocalParameters, Program, StartValues, announce, isolated, owner, preserved_rng, program_name
+from .sites import DATA_PLATE, Latents, Site, read, support_name
+
+_ROWS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("rows", default=None)
+
+
+def current_rows() -> Tensor | None:
+    """Which rows of the data the present batch holds, `(B,)`; None where nobody said."""
+    return _ROWS.get()
+
+
+@contextlib.contextmanager
+def batch_rows(rows: Tensor | None) -> Iterator[None]:
+    """Tell guides with parameters for each datum which rows they see."""
+    token = _ROWS.set(rows)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+class Minibatch(Messenger):
+    """Scales every site in a data plate to the full data, and the latents' terms by the KL weight.
+
+    E[(N/B) sum_batch log p(x_n, z_n)] = sum_data log p(x_n, z_n). A plate that declares its own full size
+    (`pyro.plate("data", N, subsample_size=B)`) is scaled by Pyro already and left alone.
+
+    Args:
+        sizes: full size of each data plate, numbers or 0-d tensors.
+        kl_weight: weight of log p(z) - log q(z), 1 for the ELBO; a number or a 0-d tensor.
+
+    Raises:
+        ModelError: a plate declares a full size that is not the one given here.
+    """
+
+    def __init__(self, sizes: Mapping[str, Any], kl_weight: Any = 1.0):
+        super().__init__()
+        self.sizes = sizes
+        self.kl_weight = kl_weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.name not in self.sizes:
+                continue
+            size = self.sizes[frame.name]
+            if frame.full_size is not None and frame.full_size != frame.size:
+                if isinstance(size, int) and size != frame.full_size:
+                    raise ModelError(
+                        f"plate {frame.name!r} declares the full size {frame.full_size}, sizes says {size}: make them "
+                        f'equal, or write pyro.plate("{frame.name}", len(x)) in the model'
+                    )
+                continue
+            if not (isinstance(size, int) and size == frame.size):
+                msg["scale"] = msg["scale"] * (size / frame.size)
+        if not msg["is_observed"] and not (isinstance(self.kl_weight, float) and self.kl_weight == 1.0):
+            msg["scale"] = msg["scale"] * self.kl_weight
+
+
+class NotReparameterised(Exception):
+    """A site of the guide has no pathwise gradient: the score-function estimator of Pyro is needed."""
+
+
+class _Owners(nn.Module):
+    """Holds the modules of both programs, so that one call can exchange all their parameters."""
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+class Pair:
+    """A model and its guide.
+
+    Args:
+        model, guide: Pyro programs with the same call signature.
+        loss: a Pyro ELBO; it is copied, so that no plate nesting is remembered from another model.
+
+    Attributes:
+        local: the `pyro.param`s of function programs, kept here instead of Pyro's global store.
+    """
+
+    def __init__(self, model: Program, guide: Program, loss: Any = None):
+        for name, program in (("model", model), ("guide", guide)):
+            if isinstance(program, type):
+                raise GuideError(f"{name} is the class {program.__name__}, expected an object of it: call it first")
+        self.model, self.guide = model, guide
+        self.loss_fn = loss if loss is not None else Trace_ELBO()
+        self.local = LocalParameters()
+        self.owners = _Owners()
+        model_owner, guide_owner = owner(model), owner(guide)
+        if model_owner is not None:
+            self.owners.add_module("model", model_owner)
+        if guide_owner is not None and guide_owner is not model_owner:
+            self.owners.add_module("guide", guide_owner)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every trainable parameter of the pair by name, each once."""
+        found = {name: p for name, p in self.owners.named_parameters() if p.requires_grad}
+        seen = {id(p) for p in found.values()}
+        found.update({n: p for n, p in self.local.parameters.items() if p.requires_grad and id(p) not in seen})
+        return found
+
+    @property
+    def movable(self) -> bool:
+        """Whether all parameters can be exchanged from outside; not those of modules that a function closes over."""
+        held = {id(p) for p in self.owners.parameters()} | {
+            id(p) for name, p in self.local.parameters.items() if name in self.local.constraints
+        }
+        return all(id(p) in held for p in self.local.parameters.values())
+
+    @contextlib.contextmanager
+    def running(self, *, rows: Tensor | None = None, validate: bool = False) -> Iterator[None]:
+        """Everything that a run needs and that must not outlive it."""
+        with isolated(self.model, self.guide, parameters=self.local, validate=validate), batch_rows(rows):
+            yield
+
+    def call(
+        self, run: Callable[[], Any], parameters: Mapping[str, Tensor] | None, noise: Sequence[Tensor] | None
+    ) -> Any:
+        """`run()` with the parameters and the noise given, or with the present parameters and fresh noise."""
+        with contextlib.ExitStack() as stack:
+            if noise is not None:
+                stack.enter_context(replaying(noise))
+            if parameters is None:
+                return run()
+            inside = {n: p for n, p in parameters.items() if n.split(".", 1)[0] in self.owners._modules}
+            self.local.substitutes = {n: p for n, p in parameters.items() if n not in inside}
+            stack.callback(setattr, self.local, "substitutes", {})
+            return torch.func.functional_call(self.owners, inside, (run,))
+
+    def loss(
+        self,
+        parameters: Mapping[str, Tensor] | None,
+        batch: Sequence[Any],
+        noise: Sequence[Tensor] | None = None,
+        *,
+        sizes: Mapping[str, Any] | None = None,
+        kl_weight: Any = 1.0,
+        rows: Tensor | None = None,
+        validate: bool = False,
+    ) -> Tensor:
+        """The negative ELBO, a pure function of its arguments where parameters and noise are given; differentiable.
+
+        Args:
+            parameters: by name as in `parameters()`; None for the present ones.
+            batch: the data, as both programs take it.
+            noise: the draws of one run (`dgm.noise`); None for fresh ones.
+            sizes: full size of each data plate.
+            kl_weight: weight of the latents' terms.
+            rows: `(B,)`, which rows of the data these are.
+        """
+        with self.running(rows=rows, validate=validate):
+            return self.call(lambda: self._loss(batch, sizes or {}, kl_weight), parameters, noise)
+
+    def _scaled(self, program: Program, sizes: Mapping[str, Any], kl_weight: Any, speak: bool = False) -> Program:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if speak:
+                announce(self.parameters())
+            with Minibatch(sizes, kl_weight):
+                return program(*args, **kwargs)
+
+        return run
+
+    def _loss(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any) -> Tensor:
+        model, guide = (self._scaled(program, sizes, kl_weight) for program in (self.model, self.guide))
+        if type(self.loss_fn) is Trace_ELBO:
+            try:
+                return _negative_elbo(self.loss_fn, model, guide, batch)
+            except NotReparameterised:
+                pass
+        if hasattr(self.loss_fn, "differentiable_loss"):
+            return self.loss_fn.differentiable_loss(model, guide, *batch)
+        if callable(self.loss_fn) and not hasattr(self.loss_fn, "loss_and_grads"):
+            return self.loss_fn(model, guide, *batch)
+        raise NotReparameterised(f"{type(self.loss_fn).__name__} has no differentiable loss")
+
+    def loss_and_grads(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any, rows: Tensor | None) -> float:
+        """For the losses of Pyro that only know how to run backward themselves (Renyi, graph, wake-sleep)."""
+        with self.running(rows=rows):
+            model, guide = (self._scaled(p, sizes, kl_weight, speak=True) for p in (self.model, self.guide))
+            return self.loss_fn.loss_and_grads(model, guide, *batch)
+
+    def check(self, batch: Sequence[Any], plates: Iterable[str] = (DATA_PLATE,)) -> Latents:
+        """Run both programs once, create every lazy parameter, and compare them site by site.
+
+        Raises:
+            GuideError: the guide misses a latent, has one too many, or disagrees in shape, support or plate; or there
+                is nothing to train.
+            ModelError: the model alone cannot be run, or a discrete latent stands where none can be served.
+        """
+        plates = set(plates)
+        with self.running(validate=True), preserved_rng(0), torch.no_grad():
+            guide_trace = poutine.trace(self.guide).get_trace(*batch)
+            with StartValues():
+                model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*batch)
+        model_sites, guide_sites = read(model_trace, plates), read(guide_trace, plates)
+        self._check_names(model_sites, {n: s for n, s in guide_sites.items() if not s.auxiliary})
+        for name, site in model_sites.items():
+            if name in guide_sites:
+                self._check_site(site, guide_sites[name], guide_trace.nodes[name])
+        return model_sites
+
+    def _check_names(self, model_sites: Latents, guide_sites: Mapping[str, Site]) -> None:
+        model, guide = program_name(self.model), program_name(self.guide)
+        extra = sorted(set(guide_sites) - set(model_sites))
+        for name, site in model_sites.items():
+            if name in guide_sites or (site.discrete and isinstance(self.loss_fn, TraceEnum_ELBO)):
+                continue
+            if site.discrete:
+                raise ModelError(
+                    f"latent {name!r} of {model} is discrete ({site.support_name}) and {guide} does not sample it: sum "
+                    "it out with TraceEnum_ELBO and pyro.infer.config_enumerate, or sample it in the guide"
+                )
+            raise GuideError(
+                f"{guide} does not sample the latent {name!r} of {model}: "
+                + (f"of its other sites, {did_you_mean(name, extra)}" if extra else "add it, or observe it (obs=...)")
+            )
+        for name in extra:
+            where = "is observed" if name in model_sites.observed else "does not exist"
+            raise GuideError(
+                f"{guide} samples {name!r}, which {where} in {model}: {did_you_mean(name, model_sites)} "
+                'Mark it infer={"is_auxiliary": True} if the guide alone needs it'
+            )
+
+    def _check_site(self, site: Site, guided: Site, node: Any) -> None:
+        name, guide = site.name, program_name(self.guide)
+        value_shape = site.batch_shape + site.event_shape
+        if tuple(node["value"].shape) != tuple(value_shape):
+            raise GuideError(f"{guide} gives {name!r} the shape {tuple(node['value'].shape)}, the model {tuple(value_shape)}")
+        if not bool(torch.as_tensor(site.support.check(node["value"])).all()):
+            raise GuideError(
+                f"{guide} gives {name!r} values outside the model's support ({site.support_name}); its own is "
+                f"{support_name(node['fn'].support)}: transform it onto the support (biject_to)"
+            )
+        if not isinstance(node["fn"], Delta) and guided.support_name != site.support_name:
+            raise GuideError(
+                f"{guide} samples {name!r} with support {guided.support_name}, the model with {site.support_name}: "
+                "use a distribution with that support (a TransformedDistribution, or a LogNormal for positive values)"
+            )
+        frames = {frame.name for frame in node["cond_indep_stack"]}
+        if site.plate is not None and site.plate not in frames:
+            raise GuideError(
+                f"latent {name!r} is one for each row (plate {site.plate!r}), but {guide} samples it outside that "
+                f'plate: open pyro.plate("{site.plate}", len(x)) in the guide around it'
+            )
+
+
+def _negative_elbo(loss: Trace_ELBO, model: Program, guide: Program, batch: Sequence[Any]) -> Tensor:
+    """-ELBO of fully reparameterised programs, without a call of `.item()` on the way: a graph can be made of it."""
+    total: Any = 0.0
+    for model_trace, guide_trace in loss._get_traces(model, guide, tuple(batch), {}):
+        elbo: Any = 0.0
+        for node in model_trace.nodes.values():
+            if node["type"] == "sample":
+                elbo = elbo + node["log_prob_sum"]
+        for name, node in guide_trace.nodes.items():
+            if node["type"] == "sample":
+                score = node["score_parts"].score_function
+                if not (isinstance(score, (int, float)) and score == 0):
+                    raise NotReparameterised(name)
+                elbo = elbo - node["log_prob_sum"]
+        total = total + elbo / loss.num_particles
+    return -total

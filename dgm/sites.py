@@ -1,0 +1,365 @@
+"""Reading a program: its latents, their shapes, supports and plates, found by running it once; and packing them.
+
+A site is *local* when it stands inside a data plate (`pyro.plate("data", len(x))`), otherwise *global*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.transforms import biject_to
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
+from torch import Size, Tensor, nn
+
+from .errors import ModelError, did_you_mean
+from .programs import LocalParameters, Program, StartValues, isolated, owner, preserved_rng, program_name
+
+DATA_PLATE = "data"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One latent of a program.
+
+    `batch_shape` and `event_shape` are those of its value; `plate` is the data plate that it stands in, or None.
+    """
+
+    name: str
+    support: Any
+    batch_shape: Size
+    event_shape: Size
+    frames: tuple[CondIndepStackFrame, ...]
+    plate: str | None
+    enumerated: bool = False
+    auxiliary: bool = False  # a guide's own site, which the model does not have
+    value: Tensor | None = None  # the value of the run that found it: a feasible point
+
+    @property
+    def event_dim(self) -> int:
+        return len(self.event_shape)
+
+    @property
+    def shape(self) -> Size:
+        """Shape of one datum's value: the data plate is taken out."""
+        batch = list(self.batch_shape)
+        if self.plate is not None:
+            del batch[self.plate_frame.dim]
+            while batch and batch[0] == 1:
+                del batch[0]
+        return Size(batch) + self.event_shape
+
+    @property
+    def plate_frame(self) -> Any:
+        """The data plate's frame: its `dim`, `size` (rows present) and `full_size`."""
+        for frame in self.frames:
+            if frame.name == self.plate:
+                return frame
+        raise ModelError(f"site {self.name!r} stands in no data plate")
+
+    @property
+    def discrete(self) -> bool:
+        return bool(self.support.is_discrete)
+
+    @property
+    def support_name(self) -> str:
+        return support_name(self.support)
+
+
+def support_name(support: Any) -> str:
+    """The short name of a constraint, e.g. `real`, `positive`, `simplex`."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    text = str(support)
+    for long, short in (("GreaterThan(lower_bound=0.0)", "positive"), ("GreaterThanEq(lower_bound=0.0)", "nonnegative"),
+                        ("Interval(lower_bound=0.0, upper_bound=1.0)", "unit_interval")):
+        text = text.replace(long, short)
+    return text.removesuffix("()").lower() if text.endswith("()") else text
+
+
+class Latents(Mapping[str, Site]):
+    """The latents of a program by name, and its observed sites; prints as a table."""
+
+    def __init__(self, sites: Iterable[Site], observed: Mapping[str, Mapping[str, Any]], plates: Mapping[str, Any]):
+        self._sites = {site.name: site for site in sites}
+        self.observed = dict(observed)
+        self.plates = dict(plates)
+
+    def __getitem__(self, name: str) -> Site:
+        if name not in self._sites:
+            raise KeyError(f"no latent {name!r}: {did_you_mean(name, self._sites)}")
+        return self._sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @property
+    def global_(self) -> list[Site]:
+        return [site for site in self._sites.values() if site.plate is None]
+
+    @property
+    def local(self) -> list[Site]:
+        return [site for site in self._sites.values() if site.plate is not None]
+
+    def __repr__(self) -> str:
+        rows = [
+            (
+                site.name,
+                str(tuple(site.shape)),
+                site.support_name,
+                "global" if site.plate is None else f'local in "{site.plate}"',
+            )
+            for site in self._sites.values()
+        ]
+        if not rows:
+            return "no latents"
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+
+
+def init_values(model: Program) -> dict[str, Tensor]:
+    """What the model itself proposes as a start, by site name (its `init_values()`, if it has one)."""
+    module = owner(model)
+    propose = getattr(module, "init_values", None) if module is not None else None
+    return dict(propose()) if callable(propose) else {}
+
+
+def trace_once(model: Program, *batch: Any, values: Mapping[str, Tensor] | None = None, parameters: LocalParameters | None = None, seed: int = 0) -> poutine.Trace:
+    """The trace of one run, with Pyro's own checks on and everything global left as it was."""
+    if isinstance(model, type):
+        raise ModelError(f"model is the class {model.__name__}, expected an object of it: write {model.__name__}(...)")
+    with isolated(model, parameters=parameters), preserved_rng(seed), torch.no_grad(), StartValues(values):
+        try:
+            return poutine.trace(model).get_trace(*batch)
+        except NotImplementedError as error:
+            raise ModelError(f"{program_name(model)} could not be run once: {error}") from error
+
+
+def latents(model: Program, *batch: Any, plates: Iterable[str] = (DATA_PLATE,)) -> Latents:
+    """The latents of a model with their names, shapes, supports and plates, found by running it once.
+
+    Args:
+        model: a Pyro program: a module or a function called as `model(*batch)`.
+        batch: a real batch of data, as the model takes it; rows first.
+        plates: names of the data plates; a latent inside one is local.
+
+    Raises:
+        ModelError: the model is a class instead of an object, or a site is sampled twice with different plates.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...         pyro.sample("x", dist.Normal(z.sum(-1), s), obs=x)
+    >>> latents(model, torch.zeros(5))
+    s  ()    positive  global
+    z  (2,)  real      local in "data"
+    """
+    return read(trace_once(model, *batch), plates)
+
+
+def read(trace: poutine.Trace, plates: Iterable[str] = (DATA_PLATE,)) -> Latents:
+    """The latents of a trace; see `latents`."""
+    names = set(plates)
+    found: list[Site] = []
+    observed: dict[str, Mapping[str, Any]] = {}
+    frames: dict[str, Any] = {}
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
+            continue
+        stack = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
+        frames.update({frame.name: frame for frame in stack})
+        if node["is_observed"]:
+            observed[name] = node
+            continue
+        fn, value = node["fn"], node["value"]
+        event_shape = value.shape[value.dim() - fn.event_dim :]
+        plate = next((frame.name for frame in stack if frame.name in names), None)
+        found.append(
+            Site(
+                name=name,
+                support=fn.support,
+                batch_shape=value.shape[: value.dim() - fn.event_dim],
+                event_shape=event_shape,
+                frames=stack,
+                plate=plate,
+                enumerated=bool(node["infer"].get("enumerate")),
+                auxiliary=bool(node["infer"].get("is_auxiliary")),
+                value=value.detach(),
+            )
+        )
+    return Latents(found, observed, frames)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One site's place in a packed vector."""
+
+    site: Site
+    start: int
+    stop: int
+    unconstrained_event: Size  # event shape before the bijection onto the support
+    rest: tuple[int, ...]  # batch shape with 1 in the data plate's place, leading ones cut
+
+    @property
+    def transform(self) -> Any:
+        return biject_to(self.site.support)
+
+
+class Packing(nn.Module):
+    """Any set of latents as one unconstrained vector u in R^d, and back, with the log-Jacobian of u -> values.
+
+    For local sites the vector belongs to one datum: `u` has shape `(*S, B, d)` where the data plate's dimension
+    stands as it does in the model; for global sites `(*S, d)`. S are sample dimensions, to the left of every plate.
+
+    Args:
+        sites: the latents, all global or all local in one plate; continuous.
+
+    Raises:
+        ModelError: a site is discrete, or sites of different plates are packed together.
+
+    >>> import pyro.distributions as dist, pyro
+    >>> sites = latents(lambda: pyro.sample("s", dist.Dirichlet(torch.ones(3))))
+    >>> packing = Packing(sites.values())
+    >>> packing.size
+    2
+    >>> values, log_jacobian = packing.unpack(torch.zeros(5, 2))
+    >>> values["s"].shape, log_jacobian["s"].shape
+    (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(self, sites: Iterable[Site]):
+        super().__init__()
+        self.sites = list(sites)
+        plates = {site.plate for site in self.sites}
+        if len(plates) > 1:
+            raise ModelError(f"sites of different plates cannot share a vector: {sorted(map(str, plates))}; pack each alone")
+        self.plate: str | None = next(iter(plates)) if plates else None
+        self.frame = self.sites[0].plate_frame if self.plate is not None else None
+        self.blocks: list[Block] = []
+        start = 0
+        for site in self.sites:
+            require_continuous(site)
+            event = Size(biject_to(site.support).inverse_shape(site.batch_shape + site.event_shape)[len(site.batch_shape) :])
+            rest = list(site.batch_shape)
+            if self.frame is not None:
+                rest[self.frame.dim] = 1
+            while rest and rest[0] == 1:
+                del rest[0]
+            width = math.prod(rest) * math.prod(event)
+            self.blocks.append(Block(site, start, start + width, event, tuple(rest)))
+            start += width
+        self.size = start
+
+    def unpack(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values and log |dz/du| of each site from a packed vector.
+
+        Args:
+            u: `(*batch, d)`, unconstrained.
+
+        Returns:
+            values by name, and log-Jacobians by name with the site's batch shape.
+        """
+        values: dict[str, Tensor] = {}
+        log_jacobian: dict[str, Tensor] = {}
+        for block in self.blocks:
+            raw = _spread(u[..., block.start : block.stop], block.rest, block.unconstrained_event)
+            transform = block.transform
+            value = transform(raw)
+            values[block.site.name] = value
+            batch_dim = value.dim() - block.site.event_dim
+            log_jacobian[block.site.name] = _sum_to(transform.log_abs_det_jacobian(raw, value), batch_dim)
+        return values, log_jacobian
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The packed vector of constrained values: the inverse of `unpack`, with ones where inner plates stood."""
+        parts: list[Tensor] = []
+        for block in self.blocks:
+            raw = block.transform.inv(values[block.site.name])
+            parts.append(_gather(raw, block.rest, block.unconstrained_event))
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts)) if parts else Size()
+        return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1) if parts else torch.zeros(0)
+
+
+def require_continuous(site: Site) -> None:
+    """Raise for a latent that no reparameterised density can serve."""
+    if site.discrete:
+        raise ModelError(
+            f"latent {site.name!r} is discrete ({site.support_name}): no density on R^d can be its guide. Sum it out "
+            "(mark it with pyro.infer.config_enumerate and train with TraceEnum_ELBO; the guide then leaves it out), "
+            "or write the model with a mixture distribution instead"
+        )
+
+
+def _spread(flat: Tensor, rest: Sequence[int], event: Size) -> Tensor:
+    """`(*batch, n)` -> `(*batch with the inner plates filled in, *event)`.
+
+    Inner plates stand at their own place among the batch dimensions, where `flat` has ones: exchange the two.
+    """
+    batch = flat.shape[:-1]
+    if not rest:
+        return flat.reshape([*batch, *event])
+    lead = (1,) * max(0, len(rest) - len(batch))
+    out = flat.reshape([*lead, *batch, *rest, *event])
+    dims = len(lead) + len(batch)
+    for place, width in enumerate(rest):
+        if width != 1:
+            out = out.transpose(dims - len(rest) + place, dims + place)
+    for _ in rest:  # what is left in the inner places are ones
+        out = out.squeeze(dims)
+    return out
+
+
+def _gather(value: Tensor, rest: Sequence[int], event: Size) -> Tensor:
+    """The inverse of `_spread`."""
+    batch_dim = value.dim() - len(event)
+    out = value.reshape([*value.shape[:batch_dim], *[1] * len(rest), *event])
+    for place, width in enumerate(rest):
+        if width != 1:
+            out = out.transpose(batch_dim - len(rest) + place, batch_dim + place)
+    return out.reshape([*out.shape[:batch_dim], math.prod(rest) * math.prod(event)])
+
+
+def _sum_to(tensor: Tensor, dims: int) -> Tensor:
+    """Sum the dimensions to the right of the first `dims`."""
+    extra = tensor.dim() - dims
+    return tensor.sum(tuple(range(-extra, 0))) if extra > 0 else tensor
+
+
+def start_values(
+    model: Program, batch: Sequence[Any], sites: Sequence[Site], given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A feasible start for each site: given, else the model's own `init_values()`, else the prior's median.
+
+    The median is taken over nine runs; a flat prior starts at the image of zero.
+
+    Raises:
+        ModelError: a start value has another shape than its site, or is not in its support.
+    """
+    proposals = {**init_values(model), **(given or {})}
+    names = [site.name for site in sites if site.name not in proposals]
+    runs = [trace_once(model, *batch, seed=seed) for seed in range(9)] if names else []
+    values: dict[str, Tensor] = {}
+    for site in sites:
+        if site.name in proposals:
+            value = torch.as_tensor(proposals[site.name]).detach()
+            if value.shape != site.batch_shape + site.event_shape or not bool(torch.as_tensor(site.support.check(value)).all()):
+                raise ModelError(
+                    f"the start value of {site.name!r} has shape {tuple(value.shape)}, expected "
+                    f"{tuple(site.batch_shape + site.event_shape)} inside {site.support_name}"
+                )
+            values[site.name] = value
+            continue
+        transform = biject_to(site.support)
+        draws = torch.stack([transform.inv(run.nodes[site.name]["value"]) for run in runs])
+        values[site.name] = transform(draws.median(0).values)
+    return values

@@ -1,0 +1,275 @@
+"""Stochastic variational inference: one step of stochastic backpropagation, without Pyro's global state.
+
+Hoffman, Blei, Wang and Paisley, "Stochastic variational inference", 2013; Kingma and Welling, "Auto-Encoding
+Variational Bayes", 2014; Rezende, Mohamed and Wierstra, "Stochastic backpropagation ...", 2014.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import pyro
+import torch
+from torch import Tensor
+
+from .errors import DataError, GuideError, ModelError, OptionError, TrainingError
+from .graph import Graph, Untraceable
+from .noise import Recorded, recording
+from .optim import make_optimiser
+from .pair import NotReparameterised, Pair, batch_rows
+from .programs import Program, preserved_rng, program_name
+from .sites import DATA_PLATE, Latents
+from .checks import check_observed, explain_nonfinite
+
+log = logging.getLogger("dgm")
+
+Compile = Literal[False, "trace"]
+
+
+class SVI(pyro.infer.SVI):
+    """Stochastic variational inference with no global parameter store, minibatch scale and checks before the start.
+
+    One step descends the gradient of the negative ELBO
+    -E_q[sum_n (N/B) (log p(x_n, z_n | w) - log q(z_n | x_n)) + log p(w) - log q(w)].
+    It gives the numbers of `pyro.infer.SVI`; where the pair allows, the step is a graph traced once for a batch shape.
+
+    Args:
+        model, guide: Pyro programs with the same call signature.
+        optim: a torch optimiser factory (`partial(torch.optim.Adam, lr=1e-3)`), a ready torch optimiser over all
+            parameters of the pair, or a `PyroOptim`.
+        loss: a Pyro ELBO; default `Trace_ELBO()`.
+        sizes: number of rows of the full data for each data plate, e.g. `{"data": 60_000}`.
+        compile: "trace" runs the step as a graph after `warm` eager steps of one batch shape, False never.
+        clip: largest norm of the gradient; None for no clipping.
+        warm: eager steps before a graph is made of the step.
+
+    Raises:
+        GuideError: at the first step, before any update, where model and guide do not fit, or nothing can be trained.
+        ModelError: a data plate is missing or declares another size.
+        TrainingError: the loss or its gradient is not finite; the parameters are left as they were.
+
+    >>> import pyro.distributions as dist
+    >>> from functools import partial
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(x):
+    ...     m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+    >>> svi = SVI(model, AutoNormal(model), partial(torch.optim.Adam, lr=0.01), sizes={"data": 100})
+    >>> isinstance(svi.step(torch.zeros(10)), float)
+    True
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optim: Any,
+        loss: Any = None,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        compile: Compile = "trace",
+        clip: float | None = None,
+        warm: int = 10,
+    ):
+        if compile not in (False, "trace"):
+            raise OptionError(f"compile is {compile!r}, expected False or 'trace'")
+        if clip is not None and not clip > 0:
+            raise OptionError(f"clip is {clip!r}, expected a positive gradient norm or None")
+        for plate, size in (sizes or {}).items():
+            if not (isinstance(size, int) and size > 0):
+                raise OptionError(f"sizes[{plate!r}] is {size!r}, expected the number of rows of the full data")
+        self.pair = Pair(model, guide, loss)
+        self.model, self.guide = model, guide
+        self.optim = optim
+        self.sizes = dict(sizes or {})
+        self.compile: Compile = compile
+        self.clip = clip
+        self.warm = warm
+        self.steps = 0
+        self.latents: Latents | None = None
+        self.optimiser: torch.optim.Optimizer | None = None
+        self.parameters: dict[str, Tensor] = {}
+        self.fallback: str | None = None  # why the step is not a graph, once that is known
+        self._graphs: dict[Any, Graph] = {}
+        self._draws: dict[Any, Recorded] = {}
+        self._runs: dict[Any, int] = {}
+        super(pyro.infer.SVI, self).__init__()
+
+    def prepare(self, *batch: Any, rows: Tensor | None = None) -> Latents:
+        """Check model, guide and data against each other and build the optimiser; `step` does it by itself.
+
+        Raises:
+            GuideError, ModelError, DataError: see `dgm.Pair.check` and `dgm.checks.check_observed`.
+        """
+        plates = {DATA_PLATE, *self.sizes}
+        with batch_rows(rows):
+            check_observed(self.model, batch, plates, self.pair.local)
+            latents = self.pair.check(batch, plates)
+            self._check_plates(latents)
+            self.parameters = self.pair.parameters()
+            if not self.parameters:
+                raise GuideError(f"nothing to train: guide {program_name(self.guide)} and its model have 0 parameters")
+            self._check_reached(batch, rows)
+        self.optimiser = make_optimiser(self.optim, self.parameters)
+        self.latents = latents
+        return latents
+
+    def _check_plates(self, latents: Latents) -> None:
+        for plate in self.sizes:
+            if plate not in latents.plates:
+                known = ", ".join(map(repr, latents.plates)) or "none"
+                raise ModelError(
+                    f"sizes names the plate {plate!r}, which {program_name(self.model)} does not open (its plates: "
+                    f'{known}): write `with pyro.plate("{plate}", len(x)):` around the rows, or name its plate in sizes'
+                )
+
+    def _check_reached(self, batch: Sequence[Any], rows: Tensor | None) -> None:
+        """Walk the graph of one loss: whatever leaf it reaches must be a parameter that the optimiser knows."""
+        with preserved_rng(0):
+            try:
+                loss = self.pair.loss(None, batch, sizes=self.sizes, rows=rows, validate=True)
+            except NotReparameterised:
+                return
+        known = {id(p) for p in self.parameters.values()}
+        for leaf in _leaves(loss):
+            if id(leaf) not in known:
+                raise ModelError(
+                    f"a parameter of shape {tuple(leaf.shape)} takes part in the loss but belongs to neither program, "
+                    f"so it would never be trained{_closure_name(leaf, self.model, self.guide)}: make model and guide "
+                    'PyroModules that hold it, or register it with pyro.module("name", module) inside the program'
+                )
+
+    def step(self, *batch: Any, rows: Tensor | None = None, kl_weight: float = 1.0, **kwargs: Any) -> float:
+        """One update; returns the loss (the negative ELBO, scaled to the full data) before it.
+
+        Args:
+            batch: as model and guide take it.
+            rows: `(B,)`, indices of these rows in the full data, for guides with parameters for each datum.
+            kl_weight: weight of the latents' terms.
+        """
+        if kwargs:
+            raise OptionError(f"step takes data by position, got the keyword {sorted(kwargs)[0]!r}")
+        if self.optimiser is None:
+            self.prepare(*batch, rows=rows)
+        try:
+            loss, gradients = self._gradients(batch, rows, kl_weight)
+        except NotReparameterised:
+            return self._foreign_step(batch, rows, kl_weight)
+        self._update(loss, gradients, batch, rows)
+        return float(loss)
+
+    def _gradients(self, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> tuple[Tensor, list[Tensor | None]]:
+        key = _shapes(batch, rows)
+        runs = self._runs[key] = self._runs.get(key, 0) + 1
+        if self.compile == "trace" and self.fallback is None and runs > self.warm:
+            graph = self._graph(key, batch, rows, kl_weight)
+            if graph is not None:
+                noise = self._draws[key].sample()
+                return graph(self.parameters, batch, noise, self.sizes, kl_weight, rows)
+        loss = self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return loss.detach(), list(gradients)
+
+    def _graph(self, key: Any, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> Graph | None:
+        if key not in self._graphs:
+            try:
+                with preserved_rng():
+                    with recording() as draws:
+                        self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
+                    if not draws.complete:
+                        raise Untraceable("a draw that depends on parameters (dropout, Gamma, a discrete site)")
+                    self._draws[key] = draws
+                    self._graphs[key] = Graph(self.pair, self.parameters, batch, draws, self.sizes, rows)
+            except Untraceable as error:
+                self.fallback = str(error)
+                log.info("the step of %s stays eager: %s", program_name(self.guide), error)
+                return None
+        return self._graphs[key]
+
+    def _update(self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None) -> None:
+        present = [g for g in gradients if g is not None]
+        norm = torch.nn.utils.get_total_norm(present) if present else torch.zeros(())
+        if not bool(torch.isfinite(loss + norm)):
+            raise TrainingError(self._explain(loss, gradients, batch, rows))
+        if self.clip is not None and present:
+            torch.nn.utils.clip_grads_with_norm_(_graded(self.parameters, gradients), self.clip, norm)
+        else:
+            _graded(self.parameters, gradients)
+        self._optimise()
+
+    def _optimise(self) -> None:
+        if self.optimiser is None:
+            raise TrainingError("no optimiser yet: call prepare or step first")
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.steps += 1
+
+    def _foreign_step(self, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> float:
+        loss = self.pair.loss_and_grads(batch, self.sizes, kl_weight, rows)
+        value = loss[0] if isinstance(loss, tuple) else loss
+        gradients = [p.grad for p in self.parameters.values()]
+        self._update(torch.as_tensor(float(value)), gradients, batch, rows)
+        return float(value)
+
+    def _explain(self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None) -> str:
+        names = [n for n, g in zip(self.parameters, gradients, strict=True) if g is not None and not torch.isfinite(g).all()]
+        what = f"the loss is {float(loss)}" if not torch.isfinite(loss) else "the gradient is not finite"
+        return explain_nonfinite(self.pair, self.steps + 1, what, names, batch, rows)
+
+    def evaluate_loss(self, *batch: Any, rows: Tensor | None = None, **kwargs: Any) -> float:
+        """An estimate of the loss without gradients or update."""
+        if self.latents is None:
+            self.prepare(*batch, rows=rows)
+        with torch.no_grad():
+            return float(self.pair.loss(None, batch, sizes=self.sizes, rows=rows))
+
+
+def _graded(parameters: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        parameter.grad = gradient
+    return [p for p in parameters.values() if p.grad is not None]
+
+
+def _shapes(batch: Sequence[Any], rows: Tensor | None) -> Any:
+    one: Callable[[Any], Any] = lambda t: (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t  # noqa: E731
+    try:
+        key = (tuple(one(t) for t in batch), None if rows is None else tuple(rows.shape))
+        hash(key)
+    except TypeError as error:
+        raise DataError(f"a batch holds tensors and hashable values, got one that is neither: {error}") from error
+    return key
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaf tensors that a loss depends on."""
+    found, seen, stack = [], set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _closure_name(leaf: Tensor, *programs: Program) -> str:
+    """Where a function got hold of an unregistered parameter, if that can be found."""
+    for program in programs:
+        code = getattr(program, "__code__", None)
+        cells = dict(zip(code.co_freevars, program.__closure__ or (), strict=False)) if code is not None else {}  # type: ignore[union-attr]
+        reached = {name: cell.cell_contents for name, cell in cells.items()}
+        scope = getattr(program, "__globals__", {})
+        reached.update({name: scope[name] for name in (code.co_names if code is not None else ()) if name in scope})
+        for name, value in reached.items():
+            if value is leaf:
+                return f" (it is {name!r})"
+            if isinstance(value, torch.nn.Module):
+                for inner, parameter in value.named_parameters():
+                    if parameter is leaf:
+                        return f" (it is {name}.{inner})"
+    return ""

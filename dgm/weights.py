@@ -1,0 +1,167 @@
+"""Log weights: log p(x, z) - log q(z | x). ELBO, importance bounds, ESS and k-hat are all functions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .errors import ModelError, OptionError
+from .noise import Recorded, recording
+from .pair import Pair
+from .programs import Program, evaluating, preserved_rng
+from .sites import DATA_PLATE
+
+ROWS_AT_ONCE = 8192
+"""Samples times rows in one pass: small enough for the cache, large enough that Python costs nothing."""
+
+
+@dataclass(frozen=True)
+class LogWeights:
+    """The two parts of log p(x, z, w) - log q(z, w): what belongs to a row, and what belongs to all.
+
+    local: `(S, B)`, sum of the terms inside the data plate, for each row, with every plate scale taken out.
+    global_: `(S,)`, sum of the terms outside of it.
+    has_local, has_global: whether there are latents inside, outside.
+    """
+
+    local: Tensor
+    global_: Tensor
+    has_local: bool
+    has_global: bool
+
+    @property
+    def total(self) -> Tensor:
+        """`(S,)`: the log weight of all rows and the global latents together."""
+        return self.local.sum(-1) + self.global_
+
+
+def _run_terms(pair: Pair, batch: Sequence[Any], plates: set[str]) -> tuple[Tensor, Tensor]:
+    """One sample: (local (B,), global ())."""
+    guide_trace = poutine.trace(pair.guide).get_trace(*batch)
+    model_trace = poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(*batch)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    local: Any = 0.0
+    global_: Any = 0.0
+    for sign, trace in ((1.0, model_trace), (-1.0, guide_trace)):
+        for node in trace.nodes.values():
+            if node["type"] != "sample":
+                continue
+            frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+            frame = next((f for f in frames if f.name in plates), None)
+            log_prob = sign * node["log_prob"]
+            for f in frames:
+                if f.full_size is not None and f.full_size != f.size:
+                    log_prob = log_prob * (f.size / f.full_size)
+            if frame is None:
+                global_ = global_ + log_prob.sum()
+            else:
+                rows = log_prob.movedim(frame.dim, 0) if log_prob.dim() >= -frame.dim else log_prob.expand(frame.size)
+                local = local + rows.reshape(rows.shape[0], -1).sum(-1)
+    device = batch[0].device if batch and isinstance(batch[0], Tensor) else None
+    return torch.as_tensor(local, device=device), torch.as_tensor(global_, device=device)
+
+
+class LogWeightSampler:
+    """Draws log weights of a pair for one batch, in chunks of samples.
+
+    One program run serves many samples at once: the noise is an input, so the run is a vmap over it. Programs that
+    vmap refuses, or whose draws depend on parameters, run once for each sample.
+    """
+
+    def __init__(self, model: Program, guide: Program, *batch: Any, plates: Iterable[str] = (DATA_PLATE,)):
+        self.pair = Pair(model, guide)
+        self.batch = batch
+        self.plates = set(plates)
+        latents = self.pair.check(batch, self.plates)
+        self.has_local, self.has_global = bool(latents.local), bool(latents.global_)
+        self.rows = next((latents.plates[p].size for p in self.plates if p in latents.plates), 1)
+        with preserved_rng(), recording() as draws:
+            self._one()
+        self.draws: Recorded | None = draws if draws.complete else None
+
+    def _one(self) -> tuple[Tensor, Tensor]:
+        with evaluating(self.pair.model, self.pair.guide), self.pair.running():
+            return _run_terms(self.pair, self.batch, self.plates)
+
+    def _many(self, samples: int) -> tuple[Tensor, Tensor]:
+        if self.draws is not None and len(self.draws) > 0:
+            noise = self.draws.sample_many(samples)
+            try:
+                with evaluating(self.pair.model, self.pair.guide), self.pair.running():
+                    return torch.func.vmap(
+                        lambda *eps: self.pair.call(lambda: _run_terms(self.pair, self.batch, self.plates), None, eps)
+                    )(*noise)
+            except (RuntimeError, NotImplementedError, ValueError):
+                self.draws = None  # vmap refuses this program: one run for each sample from here on
+        runs = [self._one() for _ in range(samples)]
+        return torch.stack([run[0] for run in runs]), torch.stack([run[1] for run in runs])
+
+    def chunks(self, num_samples: int, chunk: int | None = None) -> Iterator[LogWeights]:
+        """`num_samples` samples in chunks that fit memory."""
+        if num_samples < 1:
+            raise OptionError(f"num_samples is {num_samples}, expected at least 1")
+        chunk = chunk or max(1, ROWS_AT_ONCE // self.rows)
+        done = 0
+        while done < num_samples:
+            size = min(chunk, num_samples - done)
+            local, global_ = self._many(size)
+            if local.dim() == 1:  # no data plate: everything belongs to all rows
+                local = local.new_zeros(size, 0)
+            yield LogWeights(local, global_, self.has_local, self.has_global)
+            done += size
+
+
+def log_weight_terms(
+    model: Program, guide: Program, *batch: Any, num_samples: int = 1, seed: int | None = 0, plates: Iterable[str] = (DATA_PLATE,)
+) -> LogWeights:
+    """Both parts of the log weights; see `LogWeights`."""
+    with preserved_rng(seed):
+        parts = list(LogWeightSampler(model, guide, *batch, plates=plates).chunks(num_samples))
+    return LogWeights(
+        torch.cat([p.local for p in parts]), torch.cat([p.global_ for p in parts]), parts[0].has_local, parts[0].has_global
+    )
+
+
+def log_weights(
+    model: Program, guide: Program, *batch: Any, num_samples: int = 1, seed: int | None = 0, plates: Iterable[str] = (DATA_PLATE,)
+) -> Tensor:
+    """log p(x, z) - log q(z | x) of samples z ~ q, with every plate scale taken out.
+
+    log w_s = log p(x, z_s) - log q(z_s | x),  z_s ~ q. The mean is the ELBO, the log-mean-exp the importance bound
+    (Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", 2016).
+
+    Args:
+        model, guide: Pyro programs.
+        batch: data, rows first.
+        num_samples: S, at least 1.
+        seed: of these draws; the random stream outside is left as it was. None draws from that stream's state.
+        plates: names of the data plates.
+
+    Returns:
+        `(S, B)` in nats where every latent is local; `(S,)`, for all rows together, where a latent is global.
+
+    Raises:
+        GuideError: the guide does not fit the model.
+        OptionError: num_samples < 1.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> def guide(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("z", dist.Normal(x / 2, 0.5 ** 0.5))
+    >>> x = torch.tensor([0.0, 1.0, 2.0])
+    >>> lw = log_weights(model, guide, x, num_samples=4)
+    >>> lw.shape, bool(torch.allclose(lw, dist.Normal(0.0, 2.0 ** 0.5).log_prob(x).expand(4, 3), atol=1e-5))
+    (torch.Size([4, 3]), True)
+    """
+    terms = log_weight_terms(model, guide, *batch, num_samples=num_samples, seed=seed, plates=plates)
+    return terms.total if terms.has_global else terms.local

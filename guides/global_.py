@@ -1,0 +1,94 @@
+"""One density over a vector of all unconstrained global latents (weights, scales, coefficients)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from dgm.distributions import as_pyro, sample_sites
+from dgm.errors import GuideError
+from dgm.sites import DATA_PLATE, Latents, Packing, latents, start_values
+
+from .diagonal_normal import DiagonalNormal
+
+__all__ = ["Global"]
+
+
+class Global(PyroModule):
+    """q(w) = F(u) |du/dw| with one density F of a family over the unconstrained vector u of all global latents.
+
+    Args:
+        model: the model; only its sites are read.
+        batch: a batch of data, as the model takes it.
+        family: `family(features)` makes a density on R^d: those of `dgm.guides`, or zuko's flows as they stand.
+        sites: names of the latents to serve; default all.
+        init: constrained start values by site name; otherwise the model's `init_values()`, else the prior's median.
+        plates: names of the data plates.
+
+    Raises:
+        GuideError: a latent is local (one for each row), a name is unknown, or there is no global latent.
+        ModelError: a latent is discrete.
+
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(0.0, s), obs=x)
+    >>> guide = Global(model, torch.ones(5))
+    >>> guide(torch.ones(5))["s"].shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *batch: Any,
+        family: Callable[..., torch.nn.Module] = DiagonalNormal,
+        sites: Iterable[str] | None = None,
+        init: Mapping[str, Tensor] | None = None,
+        plates: Iterable[str] = (DATA_PLATE,),
+    ):
+        super().__init__()
+        found = latents(model, *batch, plates=plates)
+        chosen = select(found, sites)
+        for site in chosen:
+            if site.plate is not None:
+                raise GuideError(
+                    f"latent {site.name!r} is one for each row (plate {site.plate!r}), Global has one vector for all: use "
+                    "Amortized or Free for it, or Joint for a model that has both kinds"
+                )
+        if not chosen:
+            raise GuideError("the model has no global latent: use Amortized or Free for local ones")
+        self.packing = Packing(chosen)
+        self.family = family(self.packing.size)
+        start = self.packing.pack(start_values(model, batch, chosen, init)).reshape(-1)  # (d,)
+        place(self.family, start)
+
+    def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
+        u = pyro.sample("_global", as_pyro(self.family()), infer={"is_auxiliary": True})  # (*S, d)
+        return sample_sites(self.packing, u, getattr(self.family, "has_density", True))
+
+
+def select(found: Latents, names: Iterable[str] | None) -> list[Any]:
+    """The sites of these names, or all that are not enumerated."""
+    if names is None:
+        return [site for site in found.values() if not (site.discrete and site.enumerated)]
+    chosen = []
+    for name in names:
+        try:
+            chosen.append(found[name])
+        except KeyError as error:
+            raise GuideError(str(error.args[0])) from None
+    return chosen
+
+
+def place(family: torch.nn.Module, start: Tensor) -> None:
+    """Move a family's start to a point, where it knows how (zuko's flows start at a standard normal)."""
+    initialise = getattr(family, "initialise", None)
+    if initialise is not None:
+        initialise(start)
