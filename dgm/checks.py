@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .data import check_support
 from .errors import ModelError
-from .pair import Pair, batch_rows
-from .programs import LocalParameters, Program, preserved_rng, program_name
+from .pair import Pair
+from .programs import Program, preserved_rng, program_name
 from .sites import Latents, read, trace_once
 
 
 def check_observed(
-    model: Program, batch: Sequence[Any], plates: Iterable[str], parameters: LocalParameters | None = None
+    model: Program, batch: Sequence[Any], plates: Iterable[str]
 ) -> Latents:
     """Hold every observed value against its distribution: shape, support, and that there is one at all.
 
@@ -25,7 +25,7 @@ def check_observed(
         DataError: an observed value has another shape than its distribution, or lies outside the support.
         ModelError: nothing is observed.
     """
-    trace = trace_once(model, *batch, parameters=parameters)
+    trace = trace_once(model, *batch)
     found = read(trace, plates)
     if not found.observed:
         raise ModelError(f"{program_name(model)} observes nothing: give the data to a site (obs=x), or its guide would learn the prior")
@@ -54,8 +54,8 @@ def explain_nonfinite(
 def _first_bad_site(pair: Pair, batch: Sequence[Any], rows: Tensor | None) -> str | None:
     with pair.running(rows=rows), preserved_rng(), torch.no_grad():
         try:
-            guide = poutine.trace(pair.guide).get_trace(*batch)
-            model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
+            guide = poutine.trace(pair.run_guide).get_trace(*batch)
+            model = poutine.trace(poutine.replay(pair.run_model, trace=guide)).get_trace(*batch)
             guide.compute_log_prob()
             model.compute_log_prob()
         except (ValueError, RuntimeError) as error:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from .errors import GuideError, ModelError, did_you_mean
 from .noise import replaying
-from .programs import LocalParameters, Program, StartValues, announce, isolated, owner, preserved_rng, program_name
+from .programs import Program, StartValues, announce, bound, isolated, preserved_rng, program_name, with_home
 from .sites import DATA_PLATE, Latents, Site, read, support_name
 
 _ROWS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("rows", default=None)
@@ -96,42 +98,47 @@ class Pair:
         loss: a Pyro ELBO; it is copied, so that no plate nesting is remembered from another model.
 
     Attributes:
-        local: the `pyro.param`s of function programs, kept here instead of Pyro's global store.
+        model, guide: the programs; a function stands in a module that holds its `pyro.param`s.
+        run_model, run_guide: the same, to be called inside `running`.
     """
 
     def __init__(self, model: Program, guide: Program, loss: Any = None):
         for name, program in (("model", model), ("guide", guide)):
             if isinstance(program, type):
                 raise GuideError(f"{name} is the class {program.__name__}, expected an object of it: call it first")
-        self.model, self.guide = model, guide
-        self.loss_fn = loss if loss is not None else Trace_ELBO()
-        self.local = LocalParameters()
+        self.model, model_home = with_home(model)
+        self.guide, guide_home = with_home(guide)
+        self.run_model = bound(self.model, model_home, guide_home)
+        self.run_guide = bound(self.guide, guide_home, model_home)
+        self.loss_fn = copy.copy(loss) if loss is not None else Trace_ELBO()
+        if getattr(self.loss_fn, "vectorize_particles", False):
+            self.loss_fn.max_plate_nesting = math.inf  # guessed anew: another model may have been seen
         self.owners = _Owners()
-        model_owner, guide_owner = owner(model), owner(guide)
-        if model_owner is not None:
-            self.owners.add_module("model", model_owner)
-        if guide_owner is not None and guide_owner is not model_owner:
-            self.owners.add_module("guide", guide_owner)
+        self.owners.add_module("model", model_home)
+        if guide_home is not model_home:
+            self.owners.add_module("guide", guide_home)
 
     def parameters(self) -> dict[str, Tensor]:
         """Every trainable parameter of the pair by name, each once."""
-        found = {name: p for name, p in self.owners.named_parameters() if p.requires_grad}
+        found: dict[str, Tensor] = {name: p for name, p in self.owners.named_parameters() if p.requires_grad}
         seen = {id(p) for p in found.values()}
-        found.update({n: p for n, p in self.local.parameters.items() if p.requires_grad and id(p) not in seen})
+        found.update({n: p for n, p in self._closed_over().items() if p.requires_grad and id(p) not in seen})
         return found
+
+    def _closed_over(self) -> dict[str, Tensor]:
+        """Parameters of modules that a program names by `pyro.module` without being their home."""
+        return {n: p for home in self.owners.children() for n, p in home.__dict__.get("pyro_modules", {}).items()}
 
     @property
     def movable(self) -> bool:
         """Whether all parameters can be exchanged from outside; not those of modules that a function closes over."""
-        held = {id(p) for p in self.owners.parameters()} | {
-            id(p) for name, p in self.local.parameters.items() if name in self.local.constraints
-        }
-        return all(id(p) in held for p in self.local.parameters.values())
+        held = {id(p) for p in self.owners.parameters()}
+        return all(id(p) in held for p in self._closed_over().values())
 
     @contextlib.contextmanager
     def running(self, *, rows: Tensor | None = None, validate: bool = False) -> Iterator[None]:
         """Everything that a run needs and that must not outlive it."""
-        with isolated(self.model, self.guide, parameters=self.local, validate=validate), batch_rows(rows):
+        with isolated(self.model, self.guide, validate=validate), batch_rows(rows):
             yield
 
     def call(
@@ -143,10 +150,7 @@ class Pair:
                 stack.enter_context(replaying(noise))
             if parameters is None:
                 return run()
-            inside = {n: p for n, p in parameters.items() if n.split(".", 1)[0] in self.owners._modules}
-            self.local.substitutes = {n: p for n, p in parameters.items() if n not in inside}
-            stack.callback(setattr, self.local, "substitutes", {})
-            return torch.func.functional_call(self.owners, inside, (run,))
+            return torch.func.functional_call(self.owners, dict(parameters), (run,))
 
     def loss(
         self,
@@ -182,7 +186,7 @@ class Pair:
         return run
 
     def _loss(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any) -> Tensor:
-        model, guide = (self._scaled(program, sizes, kl_weight) for program in (self.model, self.guide))
+        model, guide = (self._scaled(program, sizes, kl_weight) for program in (self.run_model, self.run_guide))
         if type(self.loss_fn) is Trace_ELBO:
             try:
                 return _negative_elbo(self.loss_fn, model, guide, batch)
@@ -197,7 +201,7 @@ class Pair:
     def loss_and_grads(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any, rows: Tensor | None) -> float:
         """For the losses of Pyro that only know how to run backward themselves (Renyi, graph, wake-sleep)."""
         with self.running(rows=rows):
-            model, guide = (self._scaled(p, sizes, kl_weight, speak=True) for p in (self.model, self.guide))
+            model, guide = (self._scaled(p, sizes, kl_weight, speak=True) for p in (self.run_model, self.run_guide))
             return self.loss_fn.loss_and_grads(model, guide, *batch)
 
     def check(self, batch: Sequence[Any], plates: Iterable[str] = (DATA_PLATE,)) -> Latents:
@@ -210,9 +214,9 @@ class Pair:
         """
         plates = set(plates)
         with self.running(validate=True), preserved_rng(0), torch.no_grad():
-            guide_trace = poutine.trace(self.guide).get_trace(*batch)
+            guide_trace = poutine.trace(self.run_guide).get_trace(*batch)
             with StartValues():
-                model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*batch)
+                model_trace = poutine.trace(poutine.replay(self.run_model, trace=guide_trace)).get_trace(*batch)
         model_sites, guide_sites = read(model_trace, plates), read(guide_trace, plates)
         self._check_names(model_sites, {n: s for n, s in guide_sites.items() if not s.auxiliary})
         for name, site in model_sites.items():

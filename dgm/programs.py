@@ -15,10 +15,23 @@ from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
+
+from .errors import ModelError
 
 Program = Callable[..., Any]
 """A Pyro program: a module, a bound method of one, or a plain function."""
+
+
+class FunctionProgram(nn.Module):
+    """A plain function as a module: the home of what it asks of `pyro.param`."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
 
 def owner(program: Program) -> nn.Module | None:
@@ -29,62 +42,85 @@ def owner(program: Program) -> nn.Module | None:
     return bound if isinstance(bound, nn.Module) else None
 
 
+def with_home(program: Program) -> tuple[Program, nn.Module]:
+    """The program, and the module where its parameters live: a function gets one."""
+    home = owner(program)
+    if home is not None:
+        return program, home
+    wrapped = FunctionProgram(program)
+    return wrapped, wrapped
+
+
 def program_name(program: Program) -> str:
     """What messages call a program."""
+    if isinstance(program, FunctionProgram):
+        return program_name(program.function)
     if isinstance(program, nn.Module):
         return type(program).__name__
     return getattr(program, "__qualname__", type(program).__name__)
 
 
-def constrained(unconstrained: Tensor, constraint: Any) -> Tensor:
-    """The value that a program sees of a parameter; it remembers its leaf, as Pyro's own do."""
-    value = transform_to(constraint)(unconstrained)
-    value.unconstrained = lambda: unconstrained
-    return value
-
-
 class LocalParameters(Messenger):
-    """Answers `pyro.param` and `pyro.module` from a dictionary of its own instead of Pyro's global store.
+    """Answers `pyro.param` and `pyro.module` from the program's own module instead of Pyro's global store.
 
-    Parameters of PyroModules stay where they are, in the module; a function's `pyro.param("loc", init)` becomes a
-    leaf that is kept here under its name. `parameters` is what an optimiser must know.
+    `pyro.param("loc", init, constraint=...)` becomes an `nn.Parameter` of the program's home, unconstrained, in its
+    child `pyro_parameters`; a parameter of that name at one of the `others` is shared, as it is in Pyro. The modules
+    that `pyro.module` names keep their parameters; the home only remembers them, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, home: nn.Module, *others: nn.Module):
         super().__init__()
-        self.parameters: dict[str, Tensor] = {}
-        self.constraints: dict[str, Any] = {}
-        self.substitutes: Mapping[str, Tensor] = {}
+        self.home, self.places = home, (home, *others)
 
     def _pyro_param(self, msg: Any) -> None:
-        function = getattr(msg["fn"], "__func__", None)
-        if function is not ParamStoreDict.get_param:
+        if getattr(msg["fn"], "__func__", None) is not ParamStoreDict.get_param:
             return  # a PyroModule announces a parameter that it holds itself
-        name, init = msg["args"][0], (msg["args"][1] if len(msg["args"]) > 1 else msg["kwargs"].get("init_tensor"))
-        constraint = msg["args"][2] if len(msg["args"]) > 2 else msg["kwargs"].get("constraint", None)
-        if isinstance(init, nn.Parameter):  # pyro.module: the module keeps its parameter
-            self.parameters.setdefault(name, init)
+        name, init = msg["args"][0], (msg["args"][1] if len(msg["args"]) > 1 else None)
+        constraint = msg["kwargs"].get("constraint", constraints.real)
+        if isinstance(init, nn.Parameter):
+            self.home.__dict__.setdefault("pyro_modules", {})[name] = init
             msg["value"] = init
         else:
-            if name not in self.parameters:
-                self._create(name, init, constraint)
-            leaf = self.substitutes.get(name, self.parameters[name])
-            msg["value"] = constrained(leaf, self.constraints[name])
+            msg["value"] = self._value(name, init, constraint)
         msg["done"] = True
 
-    def _create(self, name: str, init: Any, constraint: Any) -> None:
+    def _value(self, name: str, init: Any, constraint: Any) -> Tensor:
+        key = name.replace(".", "|")
+        for place in self.places:
+            if key in getattr(place, "pyro_parameters", {}):
+                return self._constrained(place, key)
         if init is None:
-            raise KeyError(f"pyro.param({name!r}) is read before it was given an initial value")
+            raise ModelError(f"pyro.param({name!r}) is read before it was given an initial value: give it one")
         value = init() if callable(init) else init
-        constraint = torch.distributions.constraints.real if constraint is None else constraint
         with torch.no_grad():
             leaf = transform_to(constraint).inv(value.detach()).clone().contiguous()
-        self.parameters[name] = leaf.requires_grad_(True)
-        self.constraints[name] = constraint
+        if not hasattr(self.home, "pyro_parameters"):
+            self.home.add_module("pyro_parameters", nn.ParameterDict())
+            self.home.__dict__["pyro_constraints"] = {}
+        self.home.pyro_parameters[key] = nn.Parameter(leaf)
+        self.home.__dict__["pyro_constraints"][key] = constraint
+        return self._constrained(self.home, key)
+
+    @staticmethod
+    def _constrained(place: nn.Module, key: str) -> Tensor:
+        leaf = place.pyro_parameters[key]  # type: ignore[index]
+        value = transform_to(place.__dict__["pyro_constraints"][key])(leaf)
+        value.unconstrained = lambda: leaf
+        return value
+
+
+def bound(program: Program, home: nn.Module, *others: nn.Module) -> Program:
+    """The program with its `pyro.param`s answered by its home."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with LocalParameters(home, *others):
+            return program(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager
-def isolated(*programs: Program, parameters: LocalParameters | None = None, validate: bool = True) -> Iterator[None]:
+def isolated(*programs: Program, validate: bool = True) -> Iterator[None]:
     """Run programs so that nothing reaches Pyro's global parameter store and no setting survives.
 
     Pyro's own `module_local_params` refuses modules that were built under its default setting, unless their context
@@ -99,7 +135,6 @@ def isolated(*programs: Program, parameters: LocalParameters | None = None, vali
         pyro.settings.context(module_local_params=True),
         pyro.get_param_store().scope(),
         pyro.validation_enabled(validate),
-        parameters if parameters is not None else LocalParameters(),
     ):
         yield
 

@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor, nn
 
 from .errors import ModelError, did_you_mean
-from .programs import LocalParameters, Program, StartValues, isolated, owner, preserved_rng, program_name
+from .programs import Program, StartValues, bound, isolated, owner, preserved_rng, program_name, with_home
 
 DATA_PLATE = "data"
 
@@ -132,13 +132,14 @@ def init_values(model: Program) -> dict[str, Tensor]:
     return dict(propose()) if callable(propose) else {}
 
 
-def trace_once(model: Program, *batch: Any, values: Mapping[str, Tensor] | None = None, parameters: LocalParameters | None = None, seed: int = 0) -> poutine.Trace:
+def trace_once(model: Program, *batch: Any, values: Mapping[str, Tensor] | None = None, seed: int = 0) -> poutine.Trace:
     """The trace of one run, with Pyro's own checks on and everything global left as it was."""
     if isinstance(model, type):
         raise ModelError(f"model is the class {model.__name__}, expected an object of it: write {model.__name__}(...)")
-    with isolated(model, parameters=parameters), preserved_rng(seed), torch.no_grad(), StartValues(values):
+    program, home = with_home(model)
+    with isolated(model), preserved_rng(seed), torch.no_grad(), StartValues(values):
         try:
-            return poutine.trace(model).get_trace(*batch)
+            return poutine.trace(bound(program, home)).get_trace(*batch)
         except NotImplementedError as error:
             raise ModelError(f"{program_name(model)} could not be run once: {error}") from error
 

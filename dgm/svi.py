@@ -82,7 +82,7 @@ class SVI(pyro.infer.SVI):
             if not (isinstance(size, int) and size > 0):
                 raise OptionError(f"sizes[{plate!r}] is {size!r}, expected the number of rows of the full data")
         self.pair = Pair(model, guide, loss)
-        self.model, self.guide = model, guide
+        self.model, self.guide = self.pair.model, self.pair.guide  # functions now hold their parameters
         self.optim = optim
         self.sizes = dict(sizes or {})
         self.compile: Compile = compile
@@ -106,7 +106,7 @@ class SVI(pyro.infer.SVI):
         """
         plates = {DATA_PLATE, *self.sizes}
         with batch_rows(rows):
-            check_observed(self.model, batch, plates, self.pair.local)
+            check_observed(self.model, batch, plates)
             latents = self.pair.check(batch, plates)
             self._check_plates(latents)
             self.parameters = self.pair.parameters()

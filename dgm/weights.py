@@ -10,10 +10,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .errors import ModelError, OptionError
+from .errors import GuideError, OptionError
 from .noise import Recorded, recording
 from .pair import Pair
-from .programs import Program, evaluating, preserved_rng
+from .programs import Program, evaluating, preserved_rng, program_name
 from .sites import DATA_PLATE
 
 ROWS_AT_ONCE = 8192
@@ -42,8 +42,8 @@ class LogWeights:
 
 def _run_terms(pair: Pair, batch: Sequence[Any], plates: set[str]) -> tuple[Tensor, Tensor]:
     """One sample: (local (B,), global ())."""
-    guide_trace = poutine.trace(pair.guide).get_trace(*batch)
-    model_trace = poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(*batch)
+    guide_trace = poutine.trace(pair.run_guide).get_trace(*batch)
+    model_trace = poutine.trace(poutine.replay(pair.run_model, trace=guide_trace)).get_trace(*batch)
     guide_trace.compute_log_prob()
     model_trace.compute_log_prob()
     local: Any = 0.0
@@ -79,6 +79,13 @@ class LogWeightSampler:
         self.batch = batch
         self.plates = set(plates)
         latents = self.pair.check(batch, self.plates)
+        for role, program in (("model", model), ("guide", guide)):
+            home = getattr(self.pair, role)
+            if home is not program and hasattr(home, "pyro_parameters"):
+                raise GuideError(
+                    f"{role} {program_name(program)} is a function with pyro.param statements: its parameters here would "
+                    f"be the initial ones; give the trained program, fit.{role} or svi.{role}"
+                )
         self.has_local, self.has_global = bool(latents.local), bool(latents.global_)
         self.rows = next((latents.plates[p].size for p in self.plates if p in latents.plates), 1)
         with preserved_rng(), recording() as draws:
