@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .errors import DataError
 from .style import COLOURS, DASHES, INK, MARKERS, count, ordered, share, shorten, styled
@@ -202,7 +202,7 @@ def bound_against_cost(table: pd.DataFrame, score: str = "bound") -> Figure:
         if spread[cost] > 8 and smallest > 0:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlim(smallest / 1.3, largest * 1.3)
         else:
             axes.set_xlim(0, 1.1 * largest or 1.0)

@@ -93,9 +93,9 @@ def _figures(result: Comparison, order: list[str]) -> list[dict[str, Any]]:
         text = "The same held-out images for every guide; samples are of the model that was trained with the guide."
         drawn.append(("images", "Reconstructions and samples", text, plots.images(pictures, order)))
     if any("grid" in p and "mean" in p for p in pictures.values()):
-        text = (
-            "Mean and central 95 % interval of a new observation; dots: training data. Over a plane: class probability."
-        )
+        plane = any(np.ndim(p.get("grid")) == 2 and np.shape(p["grid"])[1] == 2 for p in pictures.values())
+        text = "Line and band: predicted mean and central interval; dots: training data."
+        text = "Predicted probability, from blue (0) to yellow (1); marks: training data by class." if plane else text
         drawn.append(("band", "Predictions", text, plots.predictive_band(pictures, order)))
     return [
         {

@@ -259,7 +259,8 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 def _closure_name(leaf: Tensor, *programs: Program) -> str:
     """Where a function got hold of an unregistered parameter, if that can be found."""
-    for program in programs:
+    for outer in programs:
+        program = getattr(outer, "function", outer)
         code = getattr(program, "__code__", None)
         cells = dict(zip(code.co_freevars, program.__closure__ or (), strict=False)) if code is not None else {}  # type: ignore[union-attr]
         reached = {name: cell.cell_contents for name, cell in cells.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,47 +67,55 @@ def _run_terms(pair: Pair, batch: Sequence[Any], plates: set[str]) -> tuple[Tens
     return torch.as_tensor(local, device=device), torch.as_tensor(global_, device=device)
 
 
-class LogWeightSampler:
-    """Draws log weights of a pair for one batch, in chunks of samples.
+class Runs:
+    """Many runs of a pair on one batch, each giving the same tensors.
 
-    One program run serves many samples at once: the noise is an input, so the run is a vmap over it. Programs that
+    One program run serves many samples at once: the noise is an input, so the runs are a vmap over it. Programs that
     vmap refuses, or whose draws depend on parameters, run once for each sample.
     """
 
-    def __init__(self, model: Program, guide: Program, *batch: Any, plates: Iterable[str] = (DATA_PLATE,)):
-        self.pair = Pair(model, guide)
-        self.batch = batch
-        self.plates = set(plates)
-        latents = self.pair.check(batch, self.plates)
-        for role, program in (("model", model), ("guide", guide)):
-            home = getattr(self.pair, role)
-            if home is not program and hasattr(home, "pyro_parameters"):
-                raise GuideError(
-                    f"{role} {program_name(program)} is a function with pyro.param statements: its parameters here would "
-                    f"be the initial ones; give the trained program, fit.{role} or svi.{role}"
-                )
-        self.has_local, self.has_global = bool(latents.local), bool(latents.global_)
-        self.rows = next((latents.plates[p].size for p in self.plates if p in latents.plates), 1)
+    def __init__(self, pair: Pair, run: Callable[[], tuple[Tensor, ...]]):
+        self.pair, self.run = pair, run
         with preserved_rng(), recording() as draws:
             self._one()
+        self.deterministic = draws.complete and not draws
         self.draws: Recorded | None = draws if draws.complete else None
 
-    def _one(self) -> tuple[Tensor, Tensor]:
+    def _one(self) -> tuple[Tensor, ...]:
         with evaluating(self.pair.model, self.pair.guide), self.pair.running():
-            return _run_terms(self.pair, self.batch, self.plates)
+            return self.run()
 
-    def _many(self, samples: int) -> tuple[Tensor, Tensor]:
-        if self.draws is not None and len(self.draws) > 0:
+    def many(self, samples: int) -> tuple[Tensor, ...]:
+        """Each tensor of a run with `(samples,)` in front."""
+        if self.deterministic:
+            return tuple(t.expand(samples, *t.shape) for t in self._one())
+        if self.draws is not None:
             noise = self.draws.sample_many(samples)
             try:
                 with evaluating(self.pair.model, self.pair.guide), self.pair.running():
-                    return torch.func.vmap(
-                        lambda *eps: self.pair.call(lambda: _run_terms(self.pair, self.batch, self.plates), None, eps)
-                    )(*noise)
+                    return torch.func.vmap(lambda *eps: self.pair.call(self.run, None, eps))(*noise)
             except (RuntimeError, NotImplementedError, ValueError):
                 self.draws = None  # vmap refuses this program: one run for each sample from here on
         runs = [self._one() for _ in range(samples)]
-        return torch.stack([run[0] for run in runs]), torch.stack([run[1] for run in runs])
+        return tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
+
+
+class LogWeightSampler:
+    """Draws log weights of a pair for one batch, in chunks of samples."""
+
+    def __init__(self, model: Program, guide: Program, *batch: Any, plates: Iterable[str] = (DATA_PLATE,)):
+        self.pair = Pair(model, guide)
+        self.plates = set(plates)
+        latents = self.pair.check(batch, self.plates)
+        refuse_untrained(self.pair, model, guide)
+        self.has_local, self.has_global = bool(latents.local), bool(latents.global_)
+        self.rows = next((latents.plates[p].size for p in self.plates if p in latents.plates), 1)
+        self.runs = Runs(self.pair, lambda: _run_terms(self.pair, batch, self.plates))
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the guide's local latents are points: they have no density, and there is no bound."""
+        return self.has_local and self.runs.deterministic
 
     def chunks(self, num_samples: int, chunk: int | None = None) -> Iterator[LogWeights]:
         """`num_samples` samples in chunks that fit memory."""
@@ -117,11 +125,25 @@ class LogWeightSampler:
         done = 0
         while done < num_samples:
             size = min(chunk, num_samples - done)
-            local, global_ = self._many(size)
+            local, global_ = self.runs.many(size)
             if local.dim() == 1:  # no data plate: everything belongs to all rows
                 local = local.new_zeros(size, 0)
             yield LogWeights(local, global_, self.has_local, self.has_global)
             done += size
+
+
+def refuse_untrained(pair: Pair, model: Program, guide: Program) -> None:
+    """A plain function with `pyro.param`s starts anew with its first values: say so instead of using them.
+
+    Raises:
+        GuideError: a function program made parameters when it ran.
+    """
+    for role, given, used in (("model", model, pair.model), ("guide", guide, pair.guide)):
+        if used is not given and hasattr(used, "pyro_parameters"):
+            raise GuideError(
+                f"the {role} {program_name(given)} is a function with pyro.param statements: here they would have their "
+                f"initial values; give the trained program, fit.{role} or svi.{role}"
+            )
 
 
 def log_weight_terms(

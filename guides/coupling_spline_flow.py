@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgm.errors import OptionError
 
+from .family import Push
 from .flow import Flow, Step, zuko
 from .heads import Conditioner, Head
+
+__all__ = ["CouplingSplineFlow"]
 
 
 class CouplingSplineFlow(Flow):
@@ -74,7 +77,8 @@ class CouplingStep(Step):
         bins: pieces of each spline.
         hidden: widths of the network's hidden layers.
 
-    >>> CouplingStep(3, 0, 0, 8, (16,))(torch.zeros(5, 3), None)[0].shape
+    >>> push, pull = CouplingStep(3, 0, 0, 8, (16,))(None)
+    >>> push(torch.zeros(5, 3))[0].shape
     torch.Size([5, 3])
     """
 
@@ -91,30 +95,29 @@ class CouplingStep(Step):
         self.register_buffer("back", torch.argsort(torch.cat([kept, moved])), persistent=False)
         self.sizes = [bins, bins, bins - 1, 1, 1]
         total = len(moved) * sum(self.sizes)
-        widths = [len(kept), *hidden, total]
         self.network: Conditioner | Head
         if features > 1:
-            layers = [nn.Linear(m, n) for m, n in pairwise(widths)]
-            self.network = Conditioner(layers, context)
+            self.network = Conditioner([len(kept), *hidden, total], context)
         else:
             self.network = Head(total, context, gain=0.0)
 
-    def embed(self, context: Tensor | None) -> Tensor | None:
-        return self.network(context) if isinstance(self.network, Head) else self.network.embed(context)
+    def forward(self, context: Tensor | None) -> tuple[Push, Push]:
+        told = self.network(context)
+        network = told if callable(told) else lambda _: told  # one feature: the context alone tells
+        return partial(self._push, network), partial(self._pull, network)
 
-    def forward(self, u: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _push(self, network: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
         kept, moved = u.index_select(-1, self.kept), u.index_select(-1, self.moved)
-        moved, change = self._transform(kept, embedded).call_and_ladj(moved)
+        moved, change = self._spline(network(kept)).call_and_ladj(moved)
         return self._merge(kept, moved), change.sum(-1)
 
-    def inverse(self, u: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _pull(self, network: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
         kept, moved = u.index_select(-1, self.kept), u.index_select(-1, self.moved)
-        moved, change = self._transform(kept, embedded).inv.call_and_ladj(moved)
+        moved, change = self._spline(network(kept)).inv.call_and_ladj(moved)
         return self._merge(kept, moved), -change.sum(-1)
 
-    def _transform(self, kept: Tensor, embedded: Any) -> Any:
-        told = embedded if isinstance(self.network, Head) else self.network(kept, embedded)
-        widths, heights, slopes, shift, gain = told.unflatten(-1, (-1, sum(self.sizes))).split(self.sizes, -1)
+    def _spline(self, parameters: Tensor) -> Any:
+        widths, heights, slopes, shift, gain = parameters.unflatten(-1, (-1, sum(self.sizes))).split(self.sizes, -1)
         return zuko.transforms.ComposedTransform(
             zuko.transforms.MonotonicRQSTransform(widths, heights, slopes),
             zuko.transforms.MonotonicAffineTransform(shift.squeeze(-1), gain.squeeze(-1)),

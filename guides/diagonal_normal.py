@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .family import LocationScale
 
+__all__ = ["DiagonalNormal"]
+
 
 class DiagonalNormal(LocationScale):
     """Independent normal distributions.

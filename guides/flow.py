@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .family import LocationScale, Pushforward
+from .family import LocationScale, Push, Pushforward
 
 # Importing zuko switches argument validation off for the whole process; importing this file must change no setting.
 _validation = Distribution._validate_args
@@ -22,18 +21,13 @@ __all__ = ["Flow", "Step", "zuko"]
 
 
 class Step(nn.Module):
-    """One invertible map of the noise, steered by the context. The identity at the start."""
+    """One invertible map of the noise, steered by the context, the identity at the start.
 
-    def embed(self, context: Tensor | None) -> Tensor | None:
-        """What the context says, mapped once for any number of draws."""
-        raise NotImplementedError
+    `forward(context)` returns two functions, the map and its inverse. Both give the other side, (..., d), and the
+    log-determinant of the map, (...), at the point they connect.
+    """
 
-    def forward(self, u: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The map of u, (..., d), and its log-determinant, (...)."""
-        raise NotImplementedError
-
-    def inverse(self, u: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The u that maps to this one, and the log-determinant of the map there."""
+    def forward(self, context: Tensor | None) -> tuple[Push, Push]:
         raise NotImplementedError
 
 
@@ -43,7 +37,7 @@ class Flow(LocationScale):
         z = loc(c) + exp(log_scale(c)) u_T,    u_t = step_t(u_{t-1}; c),    u_0 ~ N(0, I)
 
     The steps see standardised numbers whatever the model's units are, and start as the identity: the family starts as
-    `DiagonalNormal`. Each step maps the context once, for all draws.
+    `DiagonalNormal`. Each step reads the context once, for all draws.
 
     Args:
         features: the dimension d, at least 1.
@@ -61,24 +55,21 @@ class Flow(LocationScale):
 
     def forward(self, context: Tensor | None = None) -> Pushforward:
         loc, log_scale = self.loc_and_log_scale(context)
-        steps = [(step, step.embed(context)) for step in cast(Iterable[Step], self.steps)]
+        steps = [step(context) for step in self.steps]
         return Pushforward(partial(_push, loc, log_scale, steps), partial(_pull, loc, log_scale, steps), loc)
 
 
-Embedded = list[tuple[Step, Tensor | None]]
-
-
-def _push(loc: Tensor, log_scale: Tensor, steps: Embedded, eps: Tensor) -> tuple[Tensor, Tensor]:
+def _push(loc: Tensor, log_scale: Tensor, steps: list[tuple[Push, Push]], eps: Tensor) -> tuple[Tensor, Tensor]:
     u, log_det = eps, log_scale.sum(-1)
-    for step, embedded in steps:
-        u, change = step(u, embedded)
+    for push, _ in steps:
+        u, change = push(u)
         log_det = log_det + change
     return loc + log_scale.exp() * u, log_det
 
 
-def _pull(loc: Tensor, log_scale: Tensor, steps: Embedded, x: Tensor) -> tuple[Tensor, Tensor]:
+def _pull(loc: Tensor, log_scale: Tensor, steps: list[tuple[Push, Push]], x: Tensor) -> tuple[Tensor, Tensor]:
     u, log_det = (x - loc) * torch.exp(-log_scale), log_scale.sum(-1)
-    for step, embedded in reversed(steps):
-        u, change = step.inverse(u, embedded)
+    for _, pull in reversed(steps):
+        u, change = pull(u)
         log_det = log_det + change
     return u, log_det

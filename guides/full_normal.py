@@ -13,6 +13,8 @@ from torch import Tensor
 from .family import LocationScale, Pushforward, Shape
 from .heads import Head
 
+__all__ = ["FullNormal"]
+
 
 class FullNormal(LocationScale):
     """Normal distribution with any covariance, starting as the diagonal one.

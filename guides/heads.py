@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -44,35 +47,45 @@ class Head(nn.Module):
 class Conditioner(nn.Module):
     """A network of (z, context) whose output is zero at the start, so that the flow step it steers is the identity.
 
-        h = A z + C c + b,    theta = W_n relu(... W_1 relu(h))
+        h = A z + C c + b,    theta = W_n relu(... W_1 relu(h) + b_1 ...) + b_n
 
-    `embed` maps the context once; `forward` then serves any number of draws z of each datum at the price of z alone.
+    `forward(context)` returns the function z -> theta. It maps the context once, for any number of draws z of each
+    datum, and holds the parameters it was made with: a density keeps them also where they are handed in from outside
+    (`torch.func.functional_call`) and it is evaluated later.
 
     Args:
-        layers: linear maps (masked ones for autoregressive steps), at least two; the last is set to zero.
+        widths: features of z, one or more hidden layers, and the output.
         context: features of the context; 0 for none.
+        masks: for each layer which input (column) an output (row) may see; by default all.
 
-    >>> net = Conditioner([nn.Linear(3, 8), nn.Linear(8, 2)], context=5)
-    >>> net(torch.zeros(10, 7, 3), net.embed(torch.zeros(7, 5))).shape
+    >>> net = Conditioner([3, 8, 2], context=5)
+    >>> net(torch.zeros(7, 5))(torch.zeros(10, 7, 3)).shape
     torch.Size([10, 7, 2])
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], context: int = 0) -> None:
+    def __init__(self, widths: Sequence[int], context: int = 0, masks: Sequence[Tensor] | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.context = nn.Linear(context, layers[0].out_features, bias=False) if context > 0 else None
-        nn.init.zeros_(layers[-1].weight)
-        nn.init.zeros_(layers[-1].bias)
+        self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(widths))
+        self.context = nn.Linear(context, widths[1], bias=False) if context > 0 else None
+        for i, mask in enumerate(masks or []):
+            self.register_buffer(f"mask_{i}", mask, persistent=False)
+        self.masked = masks is not None
+        for p in self.layers[-1].parameters():
+            nn.init.zeros_(p)
 
-    def embed(self, context: Tensor | None) -> Tensor | None:
-        """The context's share of the first hidden layer, shape (..., hidden)."""
-        return None if self.context is None else self.context(context)
+    def forward(self, context: Tensor | None) -> Callable[[Tensor], Tensor]:
+        layers = cast(Iterable[nn.Linear], self.layers)
+        weights: list[Tensor] = [layer.weight for layer in layers]
+        if self.masked:
+            weights = [w * getattr(self, f"mask_{i}") for i, w in enumerate(weights)]
+        told = self.context(context) if self.context is not None else None
+        return partial(_network, weights, [layer.bias for layer in layers], told)
 
-    def forward(self, z: Tensor, embedded: Tensor | None) -> Tensor:
-        first, *rest = self.layers
-        h = first(z)
-        if embedded is not None:
-            h = h + embedded
-        for layer in rest:
-            h = layer(F.relu(h))
-        return h
+
+def _network(weights: list[Tensor], biases: list[Tensor], told: Tensor | None, z: Tensor) -> Tensor:
+    h = F.linear(z, weights[0], biases[0])
+    if told is not None:
+        h = h + told
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        h = F.linear(F.relu(h), weight, bias)
+    return h

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from dgm.errors import OptionError
 
-from .flow import Flow, Step, zuko
+from .family import Push
+from .flow import Flow, Step
 from .heads import Conditioner
+
+__all__ = ["InverseAutoregressiveFlow"]
 
 GATE = 1.5  # bias of the gate, sigmoid(1.5) = 0.82: near to keeping z, as its authors advise
 
@@ -78,7 +82,8 @@ class GatedStep(Step):
         context: features of the context; 0 for none.
         hidden: widths of the masked network's hidden layers.
 
-    >>> GatedStep(torch.tensor([1, 2, 3]), 0, (16,))(torch.zeros(5, 3), None)[1].shape
+    >>> push, pull = GatedStep(torch.tensor([1, 2, 3]), 0, (16,))(None)
+    >>> push(torch.zeros(5, 3))[1].shape
     torch.Size([5])
     """
 
@@ -86,24 +91,28 @@ class GatedStep(Step):
         super().__init__()
         self.network = masked_network(order, context, hidden)
 
-    def embed(self, context: Tensor | None) -> Tensor | None:
-        return self.network.embed(context)
+    def forward(self, context: Tensor | None) -> tuple[Push, Push]:
+        network = self.network(context)
+        return partial(_push, network), partial(_pull, network)
 
-    def forward(self, u: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_gain, shift = self._gate(u, embedded)
-        return log_gain.exp() * u + shift, log_gain.sum(-1)
 
-    def inverse(self, u: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
-        guess = torch.zeros_like(u)
-        for _ in range(u.shape[-1]):  # each pass puts one more feature right
-            log_gain, shift = self._gate(guess, embedded)
-            guess = (u - shift) * torch.exp(-log_gain)
-        return guess, log_gain.sum(-1)
+def _gate(parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithm of the factor on u, zero at the start, and the shift."""
+    m, s = parameters.chunk(2, -1)
+    return F.logsigmoid(s + GATE) + math.log1p(math.exp(-GATE)), m
 
-    def _gate(self, u: Tensor, embedded: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logarithm of the factor on u, zero at the start, and the shift."""
-        m, s = self.network(u, embedded).chunk(2, -1)
-        return F.logsigmoid(s + GATE) + math.log1p(math.exp(-GATE)), m
+
+def _push(network: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    log_gain, shift = _gate(network(u))
+    return log_gain.exp() * u + shift, log_gain.sum(-1)
+
+
+def _pull(network: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    guess, log_gain = torch.zeros_like(u), torch.zeros_like(u)
+    for _ in range(u.shape[-1]):  # each pass puts one more feature right
+        log_gain, shift = _gate(network(guess))
+        guess = (u - shift) * torch.exp(-log_gain)
+    return guess, log_gain.sum(-1)
 
 
 def masked_network(order: Tensor, context: int, hidden: Sequence[int]) -> Conditioner:
@@ -118,7 +127,7 @@ def masked_network(order: Tensor, context: int, hidden: Sequence[int]) -> Condit
         context: features of the context; 0 for none.
         hidden: widths of the hidden layers.
 
-    >>> masked_network(torch.tensor([1, 2, 3]), 0, (16,))(torch.zeros(5, 3), None).shape
+    >>> masked_network(torch.tensor([1, 2, 3]), 0, (16,))(None)(torch.zeros(5, 3)).shape
     torch.Size([5, 6])
     """
     features, lowest = len(order), 0 if context else 1
@@ -127,4 +136,4 @@ def masked_network(order: Tensor, context: int, hidden: Sequence[int]) -> Condit
         degrees.append(lowest + torch.arange(width) * (features - lowest) // width)
     masks = [after[:, None] >= before for before, after in pairwise(degrees)]
     masks.append((order[:, None] > degrees[-1]).repeat(2, 1))
-    return Conditioner([zuko.nn.MaskedLinear(mask) for mask in masks], context)
+    return Conditioner([features, *hidden, 2 * features], context, masks)

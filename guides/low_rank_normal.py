@@ -13,6 +13,8 @@ from dgm.errors import OptionError
 from .family import LocationScale
 from .heads import Head
 
+__all__ = ["LowRankNormal"]
+
 
 class LowRankNormal(LocationScale):
     """Normal distribution whose covariance is a diagonal plus a matrix of low rank.

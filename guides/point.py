@@ -9,6 +9,8 @@ from torch import Tensor
 from .family import Family
 from .heads import Head
 
+__all__ = ["Point"]
+
 
 class Point(Family):
     """All mass at one value: training it maximises log p(x, z).

@@ -12,6 +12,8 @@ from dgm.errors import ModelError, OptionError
 
 from .likelihoods import Distribution
 
+__all__ = ["BayesianLinearRegression", "example"]
+
 
 class BayesianLinearRegression(PyroModule):
     """w ~ N(0, prior_scale^2 I),  y_n | x_n, w ~ N(w' x_n, noise^2).

@@ -16,6 +16,8 @@ from dgm.errors import ModelError, OptionError
 
 from .likelihoods import Categorical, Distribution, Likelihood, Normal
 
+__all__ = ["BNN", "example"]
+
 Prior = Callable[[str, Tensor], Distribution]
 """(name of a weight in the network, a tensor of its shape, dtype and device) -> its prior."""
 

@@ -15,6 +15,8 @@ from dgm.errors import ModelError, OptionError
 from .likelihoods import Likelihood
 from .vae import Activation, DecoderModel, network
 
+__all__ = ["DeepLatentGaussian", "example"]
+
 
 class DeepLatentGaussian(DecoderModel):
     """h_L = G_L xi_L,  h_l = T_l(h_{l+1}) + G_l xi_l,  xi_l ~ N(0, I),  x | h_1 ~ likelihood(T_0(h_1)).

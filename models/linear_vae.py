@@ -12,6 +12,8 @@ from dgm.errors import DataError, ModelError, OptionError
 
 from .likelihoods import Distribution
 
+__all__ = ["LinearVAE", "example"]
+
 
 class LinearVAE(PyroModule):
     """z_n ~ N(0, I),  x_n | z_n ~ N(W z_n + mu, s^2 I),  so  x_n ~ N(mu, W W' + s^2 I).

@@ -17,6 +17,8 @@ from dgm.errors import ModelError, OptionError
 
 from .likelihoods import Bernoulli, Distribution, Likelihood
 
+__all__ = ["VAE", "example"]
+
 Activation = Callable[[], nn.Module]
 
 

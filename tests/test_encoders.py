@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from dgm.guides.encoders import Encoder, conv, linear, mlp
-from dgm.guides.full_normal import FullNormal
 from torch import nn
 
 from dgm.errors import OptionError
+from dgm.guides.encoders import Encoder, conv, linear, mlp
+from dgm.guides.full_normal import FullNormal
 
 ENCODERS: dict[str, Encoder] = {
     "mlp": mlp(32, 16),

@@ -11,13 +11,6 @@ import pyro
 import pytest
 import torch
 import zuko
-from dgm.guides.coupling_spline_flow import CouplingSplineFlow
-from dgm.guides.diagonal_normal import DiagonalNormal
-from dgm.guides.family import Family, Pushforward
-from dgm.guides.full_normal import FullNormal
-from dgm.guides.inverse_autoregressive_flow import InverseAutoregressiveFlow
-from dgm.guides.low_rank_normal import LowRankNormal
-from dgm.guides.point import Point
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -25,6 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from dgm.errors import GuideError, OptionError
+from dgm.guides.coupling_spline_flow import CouplingSplineFlow
+from dgm.guides.diagonal_normal import DiagonalNormal
+from dgm.guides.family import Family, Pushforward
+from dgm.guides.full_normal import FullNormal
+from dgm.guides.inverse_autoregressive_flow import InverseAutoregressiveFlow
+from dgm.guides.low_rank_normal import LowRankNormal
+from dgm.guides.point import Point
 
 Make = Callable[..., nn.Module]
 
@@ -131,24 +131,35 @@ def test_every_parameter_receives_a_gradient(any_family: Make, features: int, co
         assert p.grad.abs().sum() > 0 or features == 1, f"{name}: gradient is zero"
 
 
-def test_stacked_parameters_meet_one_value(any_family: Make) -> None:
+class LogProb(nn.Module):
+    """Evaluates where the parameters are handed in: zuko's densities read their networks when they are evaluated."""
+
+    def __init__(self, family: nn.Module) -> None:
+        super().__init__()
+        self.family = family
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.family().log_prob(x)
+
+
+def test_stacked_parameters(any_family: Make) -> None:
     if any_family is ZUKO["zuko NICE"]:
         pytest.skip("writes a stacked half into a tensor that is not stacked")
-    copies = [perturbed(any_family(4), 0.1) for _ in range(3)]
+    copies = [LogProb(perturbed(any_family(4), 0.1)) for _ in range(3)]
     stacked, buffers = stack_module_state(copies)
     x = 0.1 * torch.randn(5, 4)
-    together = vmap(lambda p, b, e: functional_call(copies[0], (p, b), ()).log_prob(e), in_dims=(0, 0, None))
-    for log_q, family in zip(together(stacked, buffers, x), copies, strict=True):
-        assert torch.allclose(log_q, family().log_prob(x), atol=1e-5)
+    together = vmap(lambda p, b: functional_call(copies[0], (p, b), (x,)))(stacked, buffers)
+    for k, copy in enumerate(copies):
+        assert torch.allclose(together[k], copy(x), atol=1e-4)
 
 
-def test_stacked_parameters_meet_stacked_values(ours: Make) -> None:
+def test_a_density_keeps_the_parameters_that_were_handed_in(ours: Make) -> None:
     copies = [perturbed(ours(4), 0.1) for _ in range(3)]
     stacked, _ = stack_module_state(copies)
     x = 0.1 * torch.randn(3, 5, 4)
     together = vmap(lambda p, e: functional_call(copies[0], p, ()).log_prob(e))(stacked, x)
     for k, family in enumerate(copies):
-        assert torch.allclose(together[k], family().log_prob(x[k]), atol=1e-5)
+        assert torch.allclose(together[k], family().log_prob(x[k]), atol=1e-4)
 
 
 class Noise(TorchFunctionMode):
@@ -168,8 +179,8 @@ class Noise(TorchFunctionMode):
 
 @pytest.mark.parametrize("context", [0, 3])
 def test_traced_and_stacked_gradients_are_the_eager_ones(ours: Make, context: int) -> None:
-    family = perturbed(ours(4, context))
-    condition = (torch.randn(7, 3),) if context else ()
+    family = perturbed(ours(4, context)).double()
+    condition = (torch.randn(7, 3).double(),) if context else ()
 
     def loss(parameters: dict[str, Tensor], eps: Tensor) -> Tensor:
         with Noise(eps):
@@ -178,14 +189,14 @@ def test_traced_and_stacked_gradients_are_the_eager_ones(ours: Make, context: in
 
     parameters = {k: v.detach() for k, v in family.named_parameters()}
     others = {k: v + 0.1 * torch.randn_like(v) for k, v in parameters.items()}
-    eps = torch.randn(2, 100)
+    eps = torch.randn(2, 100).double()
     traced = make_fx(grad(loss))(parameters, eps[0])
     stacked = vmap(grad(loss))({k: torch.stack([parameters[k], others[k]]) for k in parameters}, eps)
     for k, p in enumerate([parameters, others]):
         eager = grad(loss)(p, eps[k])
         for name, g in traced(p, eps[k]).items():
-            assert torch.allclose(g, eager[name], atol=1e-5), name
-            assert torch.allclose(stacked[name][k], eager[name], atol=1e-5), name
+            assert torch.allclose(g, eager[name], rtol=1e-8, atol=1e-8), name
+            assert torch.allclose(stacked[name][k], eager[name], rtol=1e-8, atol=1e-8), name
     traced_stack = make_fx(vmap(grad(loss)))({k: torch.stack([v, v]) for k, v in parameters.items()}, eps)
     assert len(list(traced_stack.graph.nodes)) > 0
 
@@ -270,12 +281,14 @@ def test_full_normal_is_torchs_multivariate_normal() -> None:
 
 def test_iaf_samples_in_one_pass_and_is_autoregressive() -> None:
     family = perturbed(InverseAutoregressiveFlow(4, transforms=1, hidden=(12,)))
-    calls = []
-    family.steps[0].network.register_forward_hook(lambda *_: calls.append(1))
+    passes = []
     q = family()
+    q.push = lambda eps, push=q.push: passes.append(1) or push(eps)
+    q.pull = None
     q.log_prob(q.rsample((3,)))
-    assert len(calls) == 1
-    jacobian = torch.func.jacrev(lambda e: family.steps[0](e, None)[0])(torch.randn(4))
+    assert len(passes) == 1
+    push, _ = family.steps[0](None)
+    jacobian = torch.func.jacrev(lambda e: push(e)[0])(torch.randn(4))
     assert torch.equal(jacobian.triu(1), torch.zeros(4, 4))
     assert (jacobian[torch.tril_indices(4, 4).unbind()] != 0).all(), "a feature does not see one before it"
 
@@ -284,11 +297,9 @@ def test_iaf_samples_in_one_pass_and_is_autoregressive() -> None:
 @pytest.mark.parametrize("hidden", [(2,), (5, 3), (64,)])
 def test_narrow_masked_networks_reach_the_first_and_the_last_feature(context: int, hidden: tuple[int, ...]) -> None:
     family = perturbed(InverseAutoregressiveFlow(8, context, transforms=1, hidden=hidden))
-    c = torch.randn(64, context) if context else None
-    step = family.steps[0]
-    embedded = step.embed(c)
+    push, _ = family.steps[0](torch.randn(64, context) if context else None)
     u = torch.randn(64, 8, requires_grad=True)
-    (g,) = torch.autograd.grad(step(u, embedded)[0][:, -1].sum(), u)
+    (g,) = torch.autograd.grad(push(u)[0][:, -1].sum(), u)
     assert (g[:, 0] != 0).any()
 
 
@@ -355,7 +366,7 @@ def fit_exactly(family: nn.Module, p: MultivariateNormal) -> float:
         return loss
 
     optimiser.step(closure)
-    return float(kl_divergence(normal(), p))
+    return float(kl_divergence(normal(), p).detach())
 
 
 def test_full_normal_reaches_any_normal() -> None:

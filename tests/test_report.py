@@ -271,9 +271,9 @@ def test_predictions_over_a_line_and_over_a_plane() -> None:
     band = {"x": line, "y": line, "grid": line, "mean": line, "lower": line - 1, "upper": line + 1}
     plane = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
     moons = {"x": plane[:4], "y": np.array([0, 1, 0, 1]), "grid": plane, "mean": 1 / (1 + np.exp(-plane[:, 0]))}
-    for part in (band, moons):
+    for part, caption in ((band, "central interval"), (moons, "Predicted probability")):
         result = bare(pictures={"flow": part, "full normal": part})
-        assert "Predict" in Reader(render(result)).said()
+        assert caption in Reader(render(result)).said()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,429 @@
+"""Guide families side by side: the same model, data, seeds, data order and number of model density evaluations."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .bounds import clustered_difference, clustered_interval
+from .data import as_tensors, split
+from .errors import DGMError, ModelError, OptionError
+from .evaluate import evaluate, global_khat
+from .files import Dataset
+from .fit import checked_seed, fit
+from .pictures import pictures_of
+from .programs import preserved_rng, program_name
+from .provenance import provenance
+from .psis import k_threshold
+from .report import write_report
+from .sites import latents
+from .tables import format_table
+
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+"""Step sizes that `search_lr=True` tries."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every cell of a comparison shares."""
+
+    epochs: int = 100
+    batch_size: int | None = 100
+    lr: float = 1e-3
+    num_samples: int = 1000
+    search: tuple[float, ...] = ()
+    search_epochs: int = 20
+    fit_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Cell:
+    """One guide trained with one seed, and what came of it."""
+
+    row: dict[str, Any]
+    history: pd.DataFrame
+    per_datum: np.ndarray
+    khat: np.ndarray
+    pictures: dict[str, Any]
+
+
+@dataclass
+class Comparison:
+    """Guides side by side.
+
+    Attributes:
+        rows: one tidy row for each guide and seed.
+        table: one row for each guide, best first, with paired differences to the best and their standard errors.
+        history: training curves. per_datum: held-out score `(seeds, N)` by guide. khat: by guide.
+        k_threshold: k-hat above it is not to be trusted. pictures: arrays to draw. meta: protocol and provenance.
+    """
+
+    rows: pd.DataFrame
+    history: pd.DataFrame
+    per_datum: dict[str, np.ndarray]
+    khat: dict[str, np.ndarray]
+    k_threshold: float
+    pictures: dict[str, dict[str, Any]]
+    meta: dict[str, Any]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        return rank(self.rows, self.per_datum, str(self.meta["score"]))
+
+    def __repr__(self) -> str:
+        return format_table(self.table, self.meta, self.rows)
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write one self-contained HTML page."""
+        return write_report(self, path)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write rows (parquet and CSV), training curves, plots and the page into a folder."""
+        from .store import save_comparison
+
+        return save_comparison(self, Path(folder))
+
+
+def compare(
+    model: Any,
+    guides: Mapping[str, Callable[..., Any]],
+    data: Any,
+    *,
+    test: Any = None,
+    seeds: int | Sequence[int] = 3,
+    epochs: int = 100,
+    batch_size: int | None = 100,
+    lr: float = 1e-3,
+    search_lr: bool | Sequence[float] = False,
+    num_samples: int = 1000,
+    jobs: int = 1,
+    title: str | None = None,
+    progress: bool = False,
+    **fit_options: Any,
+) -> Comparison:
+    """Train and evaluate several guides on the same model, data, seeds and number of model density evaluations.
+
+    Guides are ranked by the mean over seeds and held-out data of the K-sample bound on log p(x) (local latents), or of
+    the log predictive density (global latents). Differences to the best are paired over seeds and data; their standard
+    error counts both. A guide *ties* where the 95 % interval of its difference holds zero.
+
+    Args:
+        model: makes the model when called without arguments (`lambda: VAE(64)`), or is a module, copied for each run.
+        guides: `{name: (model, *batch) -> guide}`, e.g. `dgm.guides.attached([...])` or `partial(Global, family=...)`.
+        data: a `Dataset`, or arrays with rows first as the model takes them.
+        test: held-out arrays; unless told a fifth of the rows, drawn once.
+        seeds: how many (0, 1, ...), or which: of model start, guide start, data order and noise; the same for all.
+        epochs, batch_size, lr: of training, the same for all.
+        search_lr: True, or step sizes: each guide's is found on a validation part with the first seed; the cost is in
+            the column search_evaluations.
+        num_samples: K of the held-out bound.
+        jobs: worker processes, one thread each.
+        title: of the page; made of model and data unless told.
+        progress: print a line when a run is done.
+        fit_options: go to `dgm.fit`.
+
+    Returns:
+        a `Comparison`; a guide that failed is a row whose status is the error.
+
+    Raises:
+        DataError, ModelError, OptionError: bad data or options, before anything is trained.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal, AutoDelta
+    >>> def model(x):
+    ...     m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+    >>> guides = {"normal": lambda model, x: AutoNormal(model), "point": lambda model, x: AutoDelta(model)}
+    >>> result = compare(model, guides, torch.arange(20.0) / 10, seeds=2, epochs=2, num_samples=100)
+    >>> len(result.rows), list(result.rows.status.unique())
+    (4, ['ok'])
+    """
+    make = maker(model)
+    train, held_out, transform, info = _data(data, test)
+    batch_size = min(batch_size, len(train[0])) if batch_size is not None else None
+    settings = Settings(
+        epochs, batch_size, lr, num_samples, _rates(search_lr), max(1, epochs // 5), {"transform": transform, **fit_options}
+    )
+    chosen = tuple(checked_seed(s) for s in (range(seeds) if isinstance(seeds, int) else seeds))
+    _check(guides, chosen, num_samples, jobs)
+    whole = transform(train, torch.Generator().manual_seed(0)) if transform is not None else train
+    supervised = _is_supervised(make, chosen[0], whole)
+    work = [(name, guide, seed) for seed in chosen for name, guide in guides.items()]
+    rates: dict[str, tuple[float, int]] = {name: (lr, 0) for name in guides}
+    started, cells, interrupted = time.perf_counter(), [], False
+    try:
+        if settings.search:
+            tasks = [joblib.delayed(_search)(make, guide, chosen[0], train, settings) for guide in guides.values()]
+            rates = dict(zip(guides, _run(tasks, jobs), strict=True))
+        tasks = [
+            joblib.delayed(_cell)(make, name, guide, seed, train, held_out, info, settings, rates[name])
+            for name, guide, seed in work
+        ]
+        for cell in _run(tasks, jobs):
+            cells.append(cell)
+            if progress:
+                _tell(cell, len(cells), len(work))
+    except KeyboardInterrupt:
+        interrupted = True
+        if not cells:
+            raise
+    meta = _meta(make, info, train, held_out, chosen, settings, supervised, title, jobs)
+    meta.update(interrupted=interrupted, elapsed_seconds=time.perf_counter() - started)
+    return _collect(cells, list(guides), meta, num_samples)
+
+
+def maker(model: Any) -> Callable[[], Any]:
+    """A callable that makes the model anew: a maker itself, or one that copies a module.
+
+    Raises:
+        ModelError: a class that needs arguments.
+    """
+    if isinstance(model, nn.Module):
+        return lambda: copy.deepcopy(model)
+    try:
+        needed = [
+            p.name
+            for p in inspect.signature(model).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"model is {model!r}, expected a module, or a callable that makes one") from error
+    if not needed:
+        return model
+    if isinstance(model, type):
+        raise ModelError(f"{model.__name__} needs {', '.join(needed)}: give an object, or a maker `lambda: {model.__name__}(...)`")
+    return lambda: model  # a program that takes the data: a plain function has no state to copy
+
+
+def _rates(search_lr: bool | Sequence[float]) -> tuple[float, ...]:
+    return (LEARNING_RATES if search_lr else ()) if isinstance(search_lr, bool) else tuple(search_lr)
+
+
+def _data(data: Any, test: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Any, dict[str, Any]]:
+    if isinstance(data, Dataset):
+        info = {"name": data.name, "y_std": data.y_std, "image_shape": data.image_shape, "note": data.note, "source": data.source}
+        return data.train, data.test, data.transform, info
+    train = as_tensors(data)
+    if test is None:
+        train, held_out = split(train, 0.2, torch.Generator().manual_seed(0))
+    else:
+        held_out = as_tensors(test)
+    return train, held_out, None, {"name": "data", "y_std": 1.0, "image_shape": None, "note": "", "source": ""}
+
+
+def _check(guides: Mapping[str, Any], seeds: Sequence[int], num_samples: int, jobs: int) -> None:
+    if not guides:
+        raise OptionError("guides is empty: give {name: (model, *batch) -> guide}")
+    for name, guide in guides.items():
+        if not callable(guide) or isinstance(guide, nn.Module):
+            raise OptionError(f"guides[{name!r}] is {type(guide).__name__}, expected a callable (model, *batch) -> guide")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise OptionError(f"seeds is {list(seeds)}, expected at least one, each once")
+    if num_samples < 100:
+        raise OptionError(f"num_samples is {num_samples}, expected at least 100: k-hat needs a tail to look at")
+    if jobs < 1:
+        raise OptionError(f"jobs is {jobs}, expected at least 1")
+
+
+def _is_supervised(make: Callable[[], Any], seed: int, batch: tuple[Tensor, ...]) -> bool:
+    with preserved_rng(seed):
+        return bool(latents(make(), *batch).global_)
+
+
+def _run(tasks: list[Any], jobs: int) -> Iterator[Any]:
+    if jobs == 1:
+        for function, args, kwargs in tasks:
+            yield function(*args, **kwargs)
+        return
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
+        yield from joblib.Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator")(tasks)
+
+
+def _pair(make: Callable[[], Any], guide: Callable[..., Any], seed: int, whole: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """A model and a guide whose starts depend on the seed alone: all guides meet the same model."""
+    with preserved_rng(seed):
+        model = make()
+    with preserved_rng(seed + 1_000_003):
+        return model, guide(model, *whole)
+
+
+def _start(make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings) -> tuple[Any, Any]:
+    transform = settings.fit_options.get("transform")
+    whole = transform(train, torch.Generator().manual_seed(seed)) if transform is not None else train
+    return _pair(make, guide, seed, whole)
+
+
+def _search(make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings) -> tuple[float, int]:
+    """The step size with the best bound on a validation part, and what finding it cost."""
+    best, cost = (-math.inf, settings.lr), 0
+    for lr in settings.search:
+        model, attached = _start(make, guide, seed, train, settings)
+        try:
+            result = fit(
+                model, attached, train, epochs=settings.search_epochs, batch_size=_fitting(settings.batch_size, train),
+                lr=lr, validation=0.2, validate_every=settings.search_epochs, seed=seed, **settings.fit_options,
+            )
+        except DGMError:
+            continue  # this step size diverges, or the pair is wrong, which the cell itself will say
+        cost += result.evaluations
+        value = float(result.history["valid_elbo"].iloc[-1])
+        best = max(best, (value, lr)) if math.isfinite(value) else best
+    return best[1], cost
+
+
+def _fitting(batch_size: int | None, train: tuple[Tensor, ...]) -> int | None:
+    """The batch size, where four fifths of the rows still fill a batch."""
+    return None if batch_size is None else min(batch_size, max(1, int(0.8 * len(train[0]))))
+
+
+def _cell(
+    make: Callable[[], Any], name: str, guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...], info: Mapping[str, Any], settings: Settings, rate: tuple[float, int],
+) -> Cell:
+    """Train one guide with one seed and evaluate it; an error becomes the status of its row."""
+    row: dict[str, Any] = {"guide": name, "seed": seed, "status": "ok", "lr": rate[0], "search_evaluations": rate[1]}
+    empty = Cell(row, pd.DataFrame(), np.zeros(0), np.zeros(0), {})
+    try:
+        model, attached = _start(make, guide, seed, train, settings)
+        result = fit(
+            model, attached, train, epochs=settings.epochs, batch_size=settings.batch_size, lr=rate[0], seed=seed,
+            **settings.fit_options,
+        )
+        scores = evaluate(result.model, result.guide, held_out, num_samples=settings.num_samples, y_std=info["y_std"], seed=seed)
+    except Exception as error:
+        row["status"] = f"{type(error).__name__}: {error}"
+        return empty
+    row.update(scores.summary)
+    row.update(
+        evaluations=result.evaluations, seconds=result.seconds, cpu_seconds=result.cpu_seconds,
+        parameters=sum(p.numel() for p in result.guide.parameters()),
+        model_parameters=sum(p.numel() for p in result.model.parameters()), notes="; ".join(scores.notes),
+    )
+    khat = scores.per_datum["khat"].to_numpy()
+    if np.isnan(khat).all() and scores.kind.startswith("log predictive"):
+        khat = np.array([global_khat(result.model, result.guide, *train, seed=seed)])
+        if np.isfinite(khat).all():
+            row.update(khat_bad=float(khat[0] > k_threshold(1000)), khat_median=float(khat[0]))
+    history = result.history.assign(guide=name, seed=seed)
+    drawn = pictures_of(result.model, result.guide, held_out, info, seed)
+    return Cell(row, history, scores.per_datum["bound"].to_numpy(), khat[~np.isnan(khat)], drawn)
+
+
+def _tell(cell: Cell, done: int, total: int) -> None:
+    row = cell.row
+    what = f"{row['bound']:.3f} nats in {row['seconds']:.0f} s" if row["status"] == "ok" else row["status"]
+    print(f"[{done}/{total}] {row['guide']}, seed {row['seed']}: {what}", flush=True)
+
+
+def _collect(cells: Sequence[Cell], guides: Sequence[str], meta: dict[str, Any], num_samples: int) -> Comparison:
+    rows = pd.DataFrame([cell.row for cell in cells])
+    histories = [cell.history for cell in cells if len(cell.history)]
+    good = {g: [c for c in cells if c.row["guide"] == g and c.row["status"] == "ok"] for g in guides}
+    per_datum = {g: np.stack([c.per_datum for c in part]) for g, part in good.items() if part}
+    khat = {g: np.concatenate([c.khat for c in part]) for g, part in good.items() if part}
+    return Comparison(
+        rows,
+        pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(columns=["guide", "seed", "step", "epoch", "elbo"]),
+        per_datum,
+        {g: k for g, k in khat.items() if len(k)},
+        k_threshold(min(num_samples, 1000)),
+        {g: part[0].pictures for g, part in good.items() if part and part[0].pictures},
+        meta,
+    )
+
+
+def rank(rows: pd.DataFrame, per_datum: Mapping[str, np.ndarray], score: str) -> pd.DataFrame:
+    """One row for each guide, best first, with paired differences to the best.
+
+    The score is the mean over seeds and data; the error of a difference is that of crossed random effects of seed and
+    datum (`dgm.bounds.clustered_difference`), over the seeds that both guides finished.
+    """
+    done = rows[rows["status"] == "ok"]
+    table = pd.DataFrame(index=pd.Index(rows["guide"].unique(), name="guide"))
+    numeric = [c for c in done.columns if c != "seed" and pd.api.types.is_numeric_dtype(done[c])]
+    means, errors = done.groupby("guide")[numeric].mean(), done.groupby("guide")[numeric].sem()
+    table = table.join(means)
+    table["runs"] = done.groupby("guide").size().reindex(table.index, fill_value=0)
+    for name in ("rmse", "log_likelihood", "accuracy", "crps", "coverage95", "calibration_error", "brier"):
+        if name in errors:
+            table[f"{name}_se"] = errors[name]
+    table["score_rank"] = table["bound"] if "bound" in table else math.nan
+    table = table.sort_values("score_rank", ascending=False, na_position="last", kind="stable").drop(columns="score_rank")
+    if "bound" not in table or not table["bound"].notna().any():
+        return table.assign(difference=math.nan, difference_se=math.nan, tie=False)
+    best = table.index[0]
+    differences = {name: _difference(rows, per_datum, name, best) for name in table.index}
+    for column, place in (("difference", 0), ("difference_se", 1), ("tie", 2)):
+        table[column] = [differences[name][place] for name in table.index]
+    table["bound_se"] = [_mean_error(per_datum.get(name)) for name in table.index]
+    if score == "log_likelihood":
+        table["log_likelihood"], table["log_likelihood_se"] = table["bound"], table["bound_se"]
+    return table
+
+
+def _mean_error(values: np.ndarray | None) -> float:
+    if values is None or np.isnan(values).all():
+        return math.nan
+    t = torch.as_tensor(values)
+    return clustered_difference(t, torch.zeros_like(t))[1]
+
+
+def _difference(rows: pd.DataFrame, per_datum: Mapping[str, np.ndarray], name: str, best: str) -> tuple[float, float, bool]:
+    if name == best:
+        return 0.0, 0.0, False
+    if name not in per_datum or np.isnan(per_datum[name]).all():
+        return math.nan, math.nan, False
+    done = rows[rows["status"] == "ok"]
+    seeds = {g: list(done.loc[done["guide"] == g, "seed"]) for g in (name, best)}
+    both = [s for s in seeds[name] if s in seeds[best]]
+    if not both:
+        return math.nan, math.nan, False
+    a = torch.as_tensor(per_datum[name][[seeds[name].index(s) for s in both]])
+    b = torch.as_tensor(per_datum[best][[seeds[best].index(s) for s in both]])
+    mean, error = clustered_difference(a, b)
+    low, high = clustered_interval(a, b)
+    return mean, error, bool(low <= 0 <= high)
+
+
+def _meta(
+    make: Callable[[], Any], info: Mapping[str, Any], train: tuple[Tensor, ...], held_out: tuple[Tensor, ...],
+    seeds: Sequence[int], settings: Settings, supervised: bool, title: str | None, jobs: int,
+) -> dict[str, Any]:
+    model = make()
+    parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    fixed = isinstance(model, nn.Module) and not parameters
+    mode = "fixed model" if fixed else "joint training"
+    mode += ": compared by the " + ("log predictive density of held-out rows" if supervised else "held-out bound on log p(x)")
+    notes = [
+        f"every guide: {settings.epochs} epochs of batches of {settings.batch_size or len(train[0])}, the same seeds, data order and noise",
+        "step size " + (f"searched among {list(settings.search)} on a fifth of the training rows, {settings.search_epochs} epochs each" if settings.search else f"{settings.lr:g} for all"),
+    ]
+    if info["note"]:
+        notes.append(str(info["note"]))
+    return {
+        "title": title or f"{program_name(model)} on {info['name']}",
+        "mode": mode,
+        "score": "log_likelihood" if supervised else "bound",
+        "train_size": len(train[0]),
+        "test_size": len(held_out[0]),
+        "K": settings.num_samples,
+        "seeds": ", ".join(map(str, seeds)),
+        "protocol": notes,
+        "jobs": jobs,
+        "k_threshold": round(k_threshold(min(settings.num_samples, 1000)), 3),
+        **provenance(),
+    }
