@@ -95,6 +95,24 @@ class Likelihood(nn.Module):
         return copy.deepcopy(self)
 
 
+class BernoulliLogits(dist.Bernoulli):
+    """Bernoulli by its logits, with log p(x) = x f - softplus(f): two passes over the pixels where torch makes ten.
+
+    >>> f, x = torch.randn(5), torch.ones(5)
+    >>> torch.allclose(BernoulliLogits(logits=f).log_prob(x), dist.Bernoulli(logits=f).log_prob(x), atol=1e-6)
+    True
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        return value * self.logits - F.softplus(self.logits)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> BernoulliLogits:
+        new = self._get_checked_instance(BernoulliLogits, _instance)
+        return super().expand(batch_shape, _instance=new)
+
+
 class Bernoulli(Likelihood):
     """x_i | f ~ Bernoulli(sigmoid(f_i)), x_i in {0, 1}.
 
@@ -108,7 +126,7 @@ class Bernoulli(Likelihood):
         return {"logits": raw.squeeze(-1)}
 
     def distribution(self, parts: dict[str, Tensor]) -> Distribution:
-        return dist.Bernoulli(logits=parts["logits"])
+        return BernoulliLogits(logits=parts["logits"])
 
     def mean(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["logits"].sigmoid()
