@@ -16,9 +16,7 @@ from .programs import Program, preserved_rng, program_name
 from .sites import Latents, read, trace_once
 
 
-def check_observed(
-    model: Program, batch: Sequence[Any], plates: Iterable[str]
-) -> Latents:
+def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str]) -> Latents:
     """Hold every observed value against its distribution: shape, support, and that there is one at all.
 
     Raises:
@@ -28,7 +26,9 @@ def check_observed(
     trace = trace_once(model, *batch)
     found = read(trace, plates)
     if not found.observed:
-        raise ModelError(f"{program_name(model)} observes nothing: give the data to a site (obs=x), or its guide would learn the prior")
+        raise ModelError(
+            f"{program_name(model)} observes nothing: give the data to a site (obs=x), or its guide would learn the prior"
+        )
     for name, node in found.observed.items():
         check_support(node["value"], node["fn"], name)
     return found
@@ -47,7 +47,9 @@ def explain_nonfinite(
         parts.append(site)
     if gradients:
         parts.append(f"first parameter whose gradient is not finite: {gradients[0]!r}")
-    parts.append("the parameters are those of the last good step; try a smaller learning rate, clip=10, or look at that site's scale")
+    parts.append(
+        "the parameters are those of the last good step; try a smaller learning rate, clip=10, or look at that site's scale"
+    )
     return "; ".join(parts)
 
 
@@ -64,7 +66,8 @@ def _first_bad_site(pair: Pair, batch: Sequence[Any], rows: Tensor | None) -> st
         for name, node in trace.nodes.items():
             if node["type"] != "sample":
                 continue
-            for kind, value in (("value", node["value"]), ("log-probability", node["log_prob"])):
+            values: list[tuple[str, Any]] = [("value", node["value"]), ("log-probability", node["log_prob"])]
+            for kind, value in values:
                 finite = torch.isfinite(value) if value.is_floating_point() else torch.ones((), dtype=torch.bool)
                 if not bool(finite.all()):
                     return f"first site that is not finite: {name!r} of the {where} ({kind}{_which_rows(finite, node, rows)})"

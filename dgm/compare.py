@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .bounds import clustered_difference, clustered_interval
 from .data import as_tensors, split
 from .errors import DGMError, ModelError, OptionError
 from .evaluate import evaluate, global_khat
@@ -28,6 +27,7 @@ from .pictures import pictures_of
 from .programs import preserved_rng, program_name
 from .provenance import provenance
 from .psis import k_threshold
+from .ranking import rank
 from .report import write_report
 from .sites import latents
 from .tables import format_table
@@ -156,7 +156,13 @@ def compare(
     train, held_out, transform, info = _data(data, test)
     batch_size = min(batch_size, len(train[0])) if batch_size is not None else None
     settings = Settings(
-        epochs, batch_size, lr, num_samples, _rates(search_lr), max(1, epochs // 5), {"transform": transform, **fit_options}
+        epochs,
+        batch_size,
+        lr,
+        num_samples,
+        _rates(search_lr),
+        max(1, epochs // 5),
+        {"transform": transform, **fit_options},
     )
     chosen = tuple(checked_seed(s) for s in (range(seeds) if isinstance(seeds, int) else seeds))
     _check(guides, chosen, num_samples, jobs)
@@ -205,7 +211,9 @@ def maker(model: Any) -> Callable[[], Any]:
     if not needed:
         return model
     if isinstance(model, type):
-        raise ModelError(f"{model.__name__} needs {', '.join(needed)}: give an object, or a maker `lambda: {model.__name__}(...)`")
+        raise ModelError(
+            f"{model.__name__} needs {', '.join(needed)}: give an object, or a maker `lambda: {model.__name__}(...)`"
+        )
     return lambda: model  # a program that takes the data: a plain function has no state to copy
 
 
@@ -215,7 +223,13 @@ def _rates(search_lr: bool | Sequence[float]) -> tuple[float, ...]:
 
 def _data(data: Any, test: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Any, dict[str, Any]]:
     if isinstance(data, Dataset):
-        info = {"name": data.name, "y_std": data.y_std, "image_shape": data.image_shape, "note": data.note, "source": data.source}
+        info = {
+            "name": data.name,
+            "y_std": data.y_std,
+            "image_shape": data.image_shape,
+            "note": data.note,
+            "source": data.source,
+        }
         return data.train, data.test, data.transform, info
     train = as_tensors(data)
     if test is None:
@@ -230,7 +244,9 @@ def _check(guides: Mapping[str, Any], seeds: Sequence[int], num_samples: int, jo
         raise OptionError("guides is empty: give {name: (model, *batch) -> guide}")
     for name, guide in guides.items():
         if not callable(guide) or isinstance(guide, nn.Module):
-            raise OptionError(f"guides[{name!r}] is {type(guide).__name__}, expected a callable (model, *batch) -> guide")
+            raise OptionError(
+                f"guides[{name!r}] is {type(guide).__name__}, expected a callable (model, *batch) -> guide"
+            )
     if not seeds or len(set(seeds)) != len(seeds):
         raise OptionError(f"seeds is {list(seeds)}, expected at least one, each once")
     if num_samples < 100:
@@ -261,21 +277,33 @@ def _pair(make: Callable[[], Any], guide: Callable[..., Any], seed: int, whole: 
         return model, guide(model, *whole)
 
 
-def _start(make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings) -> tuple[Any, Any]:
+def _start(
+    make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings
+) -> tuple[Any, Any]:
     transform = settings.fit_options.get("transform")
     whole = transform(train, torch.Generator().manual_seed(seed)) if transform is not None else train
     return _pair(make, guide, seed, whole)
 
 
-def _search(make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings) -> tuple[float, int]:
+def _search(
+    make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings
+) -> tuple[float, int]:
     """The step size with the best bound on a validation part, and what finding it cost."""
     best, cost = (-math.inf, settings.lr), 0
     for lr in settings.search:
         model, attached = _start(make, guide, seed, train, settings)
         try:
             result = fit(
-                model, attached, train, epochs=settings.search_epochs, batch_size=_fitting(settings.batch_size, train),
-                lr=lr, validation=0.2, validate_every=settings.search_epochs, seed=seed, **settings.fit_options,
+                model,
+                attached,
+                train,
+                epochs=settings.search_epochs,
+                batch_size=_fitting(settings.batch_size, train),
+                lr=lr,
+                validation=0.2,
+                validate_every=settings.search_epochs,
+                seed=seed,
+                **settings.fit_options,
             )
         except DGMError:
             continue  # this step size diverges, or the pair is wrong, which the cell itself will say
@@ -291,8 +319,15 @@ def _fitting(batch_size: int | None, train: tuple[Tensor, ...]) -> int | None:
 
 
 def _cell(
-    make: Callable[[], Any], name: str, guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...],
-    held_out: tuple[Tensor, ...], info: Mapping[str, Any], settings: Settings, rate: tuple[float, int],
+    make: Callable[[], Any],
+    name: str,
+    guide: Callable[..., Any],
+    seed: int,
+    train: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...],
+    info: Mapping[str, Any],
+    settings: Settings,
+    rate: tuple[float, int],
 ) -> Cell:
     """Train one guide with one seed and evaluate it; an error becomes the status of its row."""
     row: dict[str, Any] = {"guide": name, "seed": seed, "status": "ok", "lr": rate[0], "search_evaluations": rate[1]}
@@ -300,18 +335,29 @@ def _cell(
     try:
         model, attached = _start(make, guide, seed, train, settings)
         result = fit(
-            model, attached, train, epochs=settings.epochs, batch_size=settings.batch_size, lr=rate[0], seed=seed,
+            model,
+            attached,
+            train,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            lr=rate[0],
+            seed=seed,
             **settings.fit_options,
         )
-        scores = evaluate(result.model, result.guide, held_out, num_samples=settings.num_samples, y_std=info["y_std"], seed=seed)
+        scores = evaluate(
+            result.model, result.guide, held_out, num_samples=settings.num_samples, y_std=info["y_std"], seed=seed
+        )
     except Exception as error:
         row["status"] = f"{type(error).__name__}: {error}"
         return empty
     row.update(scores.summary)
     row.update(
-        evaluations=result.evaluations, seconds=result.seconds, cpu_seconds=result.cpu_seconds,
-        parameters=sum(p.numel() for p in result.guide.parameters()),
-        model_parameters=sum(p.numel() for p in result.model.parameters()), notes="; ".join(scores.notes),
+        evaluations=result.evaluations,
+        seconds=result.seconds,
+        cpu_seconds=result.cpu_seconds,
+        parameters=_count(result.guide),
+        model_parameters=_count(result.model),
+        notes="; ".join(scores.notes),
     )
     khat = scores.per_datum["khat"].to_numpy()
     if np.isnan(khat).all() and scores.kind.startswith("log predictive"):
@@ -321,6 +367,10 @@ def _cell(
     history = result.history.assign(guide=name, seed=seed)
     drawn = pictures_of(result.model, result.guide, held_out, info, seed)
     return Cell(row, history, scores.per_datum["bound"].to_numpy(), khat[~np.isnan(khat)], drawn)
+
+
+def _count(program: Any) -> int:
+    return sum(p.numel() for p in program.parameters()) if isinstance(program, nn.Module) else 0
 
 
 def _tell(cell: Cell, done: int, total: int) -> None:
@@ -337,7 +387,9 @@ def _collect(cells: Sequence[Cell], guides: Sequence[str], meta: dict[str, Any],
     khat = {g: np.concatenate([c.khat for c in part]) for g, part in good.items() if part}
     return Comparison(
         rows,
-        pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(columns=["guide", "seed", "step", "epoch", "elbo"]),
+        pd.concat(histories, ignore_index=True)
+        if histories
+        else pd.DataFrame(columns=["guide", "seed", "step", "epoch", "elbo"]),
         per_datum,
         {g: k for g, k in khat.items() if len(k)},
         k_threshold(min(num_samples, 1000)),
@@ -346,71 +398,32 @@ def _collect(cells: Sequence[Cell], guides: Sequence[str], meta: dict[str, Any],
     )
 
 
-def rank(rows: pd.DataFrame, per_datum: Mapping[str, np.ndarray], score: str) -> pd.DataFrame:
-    """One row for each guide, best first, with paired differences to the best.
-
-    The score is the mean over seeds and data; the error of a difference is that of crossed random effects of seed and
-    datum (`dgm.bounds.clustered_difference`), over the seeds that both guides finished.
-    """
-    done = rows[rows["status"] == "ok"]
-    table = pd.DataFrame(index=pd.Index(rows["guide"].unique(), name="guide"))
-    numeric = [c for c in done.columns if c != "seed" and pd.api.types.is_numeric_dtype(done[c])]
-    means, errors = done.groupby("guide")[numeric].mean(), done.groupby("guide")[numeric].sem()
-    table = table.join(means)
-    table["runs"] = done.groupby("guide").size().reindex(table.index, fill_value=0)
-    for name in ("rmse", "log_likelihood", "accuracy", "crps", "coverage95", "calibration_error", "brier"):
-        if name in errors:
-            table[f"{name}_se"] = errors[name]
-    table["score_rank"] = table["bound"] if "bound" in table else math.nan
-    table = table.sort_values("score_rank", ascending=False, na_position="last", kind="stable").drop(columns="score_rank")
-    if "bound" not in table or not table["bound"].notna().any():
-        return table.assign(difference=math.nan, difference_se=math.nan, tie=False)
-    best = table.index[0]
-    differences = {name: _difference(rows, per_datum, name, best) for name in table.index}
-    for column, place in (("difference", 0), ("difference_se", 1), ("tie", 2)):
-        table[column] = [differences[name][place] for name in table.index]
-    table["bound_se"] = [_mean_error(per_datum.get(name)) for name in table.index]
-    if score == "log_likelihood":
-        table["log_likelihood"], table["log_likelihood_se"] = table["bound"], table["bound_se"]
-    return table
-
-
-def _mean_error(values: np.ndarray | None) -> float:
-    if values is None or np.isnan(values).all():
-        return math.nan
-    t = torch.as_tensor(values)
-    return clustered_difference(t, torch.zeros_like(t))[1]
-
-
-def _difference(rows: pd.DataFrame, per_datum: Mapping[str, np.ndarray], name: str, best: str) -> tuple[float, float, bool]:
-    if name == best:
-        return 0.0, 0.0, False
-    if name not in per_datum or np.isnan(per_datum[name]).all():
-        return math.nan, math.nan, False
-    done = rows[rows["status"] == "ok"]
-    seeds = {g: list(done.loc[done["guide"] == g, "seed"]) for g in (name, best)}
-    both = [s for s in seeds[name] if s in seeds[best]]
-    if not both:
-        return math.nan, math.nan, False
-    a = torch.as_tensor(per_datum[name][[seeds[name].index(s) for s in both]])
-    b = torch.as_tensor(per_datum[best][[seeds[best].index(s) for s in both]])
-    mean, error = clustered_difference(a, b)
-    low, high = clustered_interval(a, b)
-    return mean, error, bool(low <= 0 <= high)
-
-
 def _meta(
-    make: Callable[[], Any], info: Mapping[str, Any], train: tuple[Tensor, ...], held_out: tuple[Tensor, ...],
-    seeds: Sequence[int], settings: Settings, supervised: bool, title: str | None, jobs: int,
+    make: Callable[[], Any],
+    info: Mapping[str, Any],
+    train: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...],
+    seeds: Sequence[int],
+    settings: Settings,
+    supervised: bool,
+    title: str | None,
+    jobs: int,
 ) -> dict[str, Any]:
     model = make()
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     fixed = isinstance(model, nn.Module) and not parameters
     mode = "fixed model" if fixed else "joint training"
-    mode += ": compared by the " + ("log predictive density of held-out rows" if supervised else "held-out bound on log p(x)")
+    mode += ": compared by the " + (
+        "log predictive density of held-out rows" if supervised else "held-out bound on log p(x)"
+    )
     notes = [
         f"every guide: {settings.epochs} epochs of batches of {settings.batch_size or len(train[0])}, the same seeds, data order and noise",
-        "step size " + (f"searched among {list(settings.search)} on a fifth of the training rows, {settings.search_epochs} epochs each" if settings.search else f"{settings.lr:g} for all"),
+        "step size "
+        + (
+            f"searched among {list(settings.search)} on a fifth of the training rows, {settings.search_epochs} epochs each"
+            if settings.search
+            else f"{settings.lr:g} for all"
+        ),
     ]
     if info["note"]:
         notes.append(str(info["note"]))

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution, TorchDistributionMixin
+from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
@@ -89,7 +90,8 @@ def sample_sites(packing: Packing, u: Tensor, has_density: bool = True) -> dict[
         with contextlib.ExitStack() as stack:
             for frame in site.frames:
                 if frame.name != packing.plate:
-                    stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                    # a plate without a site of its own: several latents, of several guides, may stand in it
+                    stack.enter_context(IndepMessenger(frame.name, frame.size, frame.dim))
             value = values[site.name]
             pyro.sample(site.name, dist.Delta(value, torch.as_tensor(log_density), event_dim=site.event_dim))
     return values

@@ -131,11 +131,12 @@ def _weights(
         if count < KHAT_SAMPLES:
             kept.append(chunk.local)
             count += len(chunk.local)
-    frame = pd.DataFrame({"bound": summary.importance_bound.cpu(), "elbo": summary.elbo.cpu(), "ess": summary.ess.cpu()})
+    columns = {"bound": summary.importance_bound, "elbo": summary.elbo, "ess": summary.ess}
     if num_samples >= 100 and sampler.has_local:
-        frame["khat"] = pareto_k(torch.cat(kept)[:KHAT_SAMPLES]).cpu()
+        columns["khat"] = pareto_k(torch.cat(kept)[:KHAT_SAMPLES])
     else:
-        frame["khat"] = math.nan
+        columns["khat"] = torch.full_like(summary.elbo, math.nan)
+    frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
     if sampler.is_point:
         frame[:] = math.nan
     return frame, sampler.has_global, sampler.is_point
@@ -195,7 +196,12 @@ def predict(
 
 
 def global_khat(
-    model: Program, guide: Program, *batch: Any, num_samples: int = KHAT_SAMPLES, seed: int = 0, plates: Iterable[str] = (DATA_PLATE,)
+    model: Program,
+    guide: Program,
+    *batch: Any,
+    num_samples: int = KHAT_SAMPLES,
+    seed: int = 0,
+    plates: Iterable[str] = (DATA_PLATE,),
 ) -> float:
     """k-hat of the whole posterior of the global latents, from log weights over all training rows.
 

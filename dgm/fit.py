@@ -211,7 +211,9 @@ class Memory:
 
     def first(self) -> Batch:
         batch = tuple(t[: self.batch_size] for t in self.tensors)
-        return batch if self.transform is None else self.transform(batch, torch.Generator(batch[0].device).manual_seed(0))
+        return (
+            batch if self.transform is None else self.transform(batch, torch.Generator(batch[0].device).manual_seed(0))
+        )
 
     def epoch(self) -> Iterator[tuple[Batch, Tensor | None]]:
         whole = self.batch_size == self.rows
@@ -229,14 +231,21 @@ class Loaded:
         self.steps = len(loader)
         self.batch_size = loader.batch_size or self.rows
         if self.steps == 0:
-            raise DataError(f"the DataLoader gives 0 batches ({self.rows} rows, batch_size {self.batch_size}): drop_last?")
+            raise DataError(
+                f"the DataLoader gives 0 batches ({self.rows} rows, batch_size {self.batch_size}): drop_last?"
+            )
 
     def sizes(self, model: Program) -> dict[str, int]:
         return {DATA_PLATE: self.rows}
 
     def epoch(self) -> Iterator[tuple[Batch, Tensor | None]]:
         for item in self.loader:
-            yield as_tensors(tuple(item) if isinstance(item, (list, tuple)) else item, device=self.device, dtype=self.dtype), None
+            yield (
+                as_tensors(
+                    tuple(item) if isinstance(item, (list, tuple)) else item, device=self.device, dtype=self.dtype
+                ),
+                None,
+            )
 
 
 class _Run:
@@ -327,12 +336,21 @@ class _Run:
                     parameter.copy_(self.best[1][name])
             why += "; the best validated parameters are kept"
         return Fit(
-            self.svi.model, self.svi.guide, pd.DataFrame(self.rows), self.svi.steps, self.evaluations, self.seconds,
-            self.cpu_seconds, why, self.plan.seed,
+            self.svi.model,
+            self.svi.guide,
+            pd.DataFrame(self.rows),
+            self.svi.steps,
+            self.evaluations,
+            self.seconds,
+            self.cpu_seconds,
+            why,
+            self.plan.seed,
         )
 
 
 def _move(model: Program, guide: Program, device: Any, dtype: Any) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise OptionError(f"dtype is {dtype}, expected a floating one such as torch.float64; labels stay int64")
     for program in (model, guide):
         if isinstance(program, type):
             raise OptionError(f"{program_name(program)} is a class, expected an object: call it first")
@@ -342,7 +360,13 @@ def _move(model: Program, guide: Program, device: Any, dtype: Any) -> None:
 
 
 def _sources(
-    data: Sequence[Any], validation: Any, batch_size: int | None, seed: int, transform: Transform | None, device: Any, dtype: Any
+    data: Sequence[Any],
+    validation: Any,
+    batch_size: int | None,
+    seed: int,
+    transform: Transform | None,
+    device: Any,
+    dtype: Any,
 ) -> tuple[Memory | Loaded, Batch | None]:
     if not data:
         raise DataError("no data: fit(model, guide, x, ...) takes it after the guide")

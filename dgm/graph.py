@@ -43,7 +43,14 @@ class Graph:
         self.plates = list(sizes)
         rest = list(batch)
 
-        def compute(values: list[Tensor], data: list[Tensor], noise: list[Tensor], full: list[Tensor], kl: Tensor, rows: Tensor | None) -> Any:
+        def compute(
+            values: list[Tensor],
+            data: list[Tensor],
+            noise: list[Tensor],
+            full: list[Tensor],
+            kl: Tensor,
+            rows: Tensor | None,
+        ) -> Any:
             given = dict(zip(self.names, values, strict=True))
             whole = list(rest)
             for place, item in zip(self.places, data, strict=True):
@@ -63,7 +70,15 @@ class Graph:
         self._verify(pair, parameters, batch, noise, sizes, rows, buffers)
         _in_place(self.graph)
 
-    def _inputs(self, parameters: Mapping[str, Tensor], batch: Sequence[Any], noise: Sequence[Tensor], sizes: Mapping[str, int], kl_weight: float, rows: Tensor | None) -> list[Any]:
+    def _inputs(
+        self,
+        parameters: Mapping[str, Tensor],
+        batch: Sequence[Any],
+        noise: Sequence[Tensor],
+        sizes: Mapping[str, int],
+        kl_weight: float,
+        rows: Tensor | None,
+    ) -> list[Any]:
         values = [p.detach() for p in parameters.values()]
         like = values[0]
         key = (tuple(sizes.values()), kl_weight, like.device)
@@ -75,7 +90,16 @@ class Graph:
             )
         return [values, [batch[i] for i in self.places], list(noise), *self._scalars, rows]
 
-    def _verify(self, pair: Pair, parameters: Mapping[str, Tensor], batch: Sequence[Any], noise: list[Tensor], sizes: Mapping[str, int], rows: Tensor | None, buffers: Mapping[str, Tensor]) -> None:
+    def _verify(
+        self,
+        pair: Pair,
+        parameters: Mapping[str, Tensor],
+        batch: Sequence[Any],
+        noise: list[Tensor],
+        sizes: Mapping[str, int],
+        rows: Tensor | None,
+        buffers: Mapping[str, Tensor],
+    ) -> None:
         fresh = [torch.randn_like(eps) if eps.is_floating_point() and bool((eps < 0).any()) else eps for eps in noise]
         loss, gradients = self(parameters, batch, fresh, sizes, 0.5, rows)
         eager = pair.loss(None, batch, fresh, sizes=sizes, kl_weight=0.5, rows=rows)
@@ -86,14 +110,24 @@ class Graph:
                     dict(pair.owners.named_buffers())[name].copy_(buffers[name])
                 raise Untraceable(f"buffer {name!r} changes while the program runs (batch normalisation)")
         if not torch.allclose(loss, eager.detach(), rtol=1e-4, atol=1e-4, equal_nan=True):
-            raise Untraceable(f"the graph gives {float(loss):.6g} where the program gives {float(eager):.6g}: its control flow depends on values")
+            raise Untraceable(
+                f"the graph gives {float(loss):.6g} where the program gives {float(eager):.6g}: its control flow depends on values"
+            )
         scale = max((float(g.abs().max()) for g in expected if g is not None), default=0.0)
         for name, mine, theirs in zip(parameters, gradients, expected, strict=True):
             theirs = torch.zeros_like(mine) if theirs is None else theirs
             if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * scale + 1e-12, equal_nan=True):
                 raise Untraceable(f"the graph's gradient of {name!r} is not the program's")
 
-    def __call__(self, parameters: Mapping[str, Tensor], batch: Sequence[Any], noise: Sequence[Tensor], sizes: Mapping[str, int], kl_weight: float, rows: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        batch: Sequence[Any],
+        noise: Sequence[Tensor],
+        sizes: Mapping[str, int],
+        kl_weight: float,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the gradients in the order of the parameters."""
         with torch.no_grad():
             gradients, loss = self.graph(*self._inputs(parameters, batch, noise, sizes, kl_weight, rows))

@@ -35,7 +35,15 @@ class HeldOut:
     log E_q(w)[p(x_n | w)] by a log-mean-exp over draws of w.
     """
 
-    def __init__(self, model: Program, guide: Program, batch: Sequence[Tensor], *, sizes: Mapping[str, int] | None = None, samples: int = 8):
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        batch: Sequence[Tensor],
+        *,
+        sizes: Mapping[str, int] | None = None,
+        samples: int = 8,
+    ):
         self.model, self.guide, self.batch, self.samples = model, guide, tuple(batch), samples
         self.plates: Iterable[str] = {DATA_PLATE, *(sizes or {})}
         self._samplers: list[LogWeightSampler] = []

@@ -22,7 +22,7 @@ def adam(lr: float = 1e-3, **options: Any) -> Any:
     >>> isinstance(optimiser, torch.optim.Adam)
     True
     """
-    if not 0 < lr < float("inf"):
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
         raise OptionError(f"lr is {lr!r}, expected a positive number such as 1e-3")
     return partial(torch.optim.Adam, lr=lr, fused=True, **options)
 
@@ -61,11 +61,15 @@ def make_optimiser(optim: Any, parameters: Mapping[str, Tensor]) -> torch.optim.
 
 def _from_pyro(optim: PyroOptim, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     if optim.pt_clip_args:
-        raise OptionError("the PyroOptim clips gradients one parameter at a time: leave clip_args out and give clip=...")
+        raise OptionError(
+            "the PyroOptim clips gradients one parameter at a time: leave clip_args out and give clip=..."
+        )
     arguments = optim.pt_optim_args
     if isinstance(arguments, dict):
         return optim.pt_optim_constructor(list(parameters.values()), **arguments)
     if len(inspect.signature(arguments).parameters) != 1:
-        raise OptionError("the PyroOptim's argument function takes two names (deprecated in Pyro): take one, the full name")
+        raise OptionError(
+            "the PyroOptim's argument function takes two names (deprecated in Pyro): take one, the full name"
+        )
     groups = [{"params": [p], **arguments(name.split(".", 1)[-1])} for name, p in parameters.items()]
     return optim.pt_optim_constructor(groups)

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from .errors import GuideError, ModelError, did_you_mean
 from .noise import replaying
-from .programs import Program, StartValues, announce, bound, isolated, preserved_rng, program_name, with_home
+from .programs import (
+    Program,
+    StartValues,
+    announce,
+    bound,
+    isolated,
+    preserved_buffers,
+    preserved_rng,
+    program_name,
+    with_home,
+)
 from .sites import DATA_PLATE, Latents, Site, read, support_name
 
 _ROWS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("rows", default=None)
@@ -113,6 +123,7 @@ class Pair:
         self.loss_fn = copy.copy(loss) if loss is not None else Trace_ELBO()
         if getattr(self.loss_fn, "vectorize_particles", False):
             self.loss_fn.max_plate_nesting = math.inf  # guessed anew: another model may have been seen
+        self.pathwise = type(self.loss_fn) is Trace_ELBO  # until a site without a pathwise gradient is met
         self.owners = _Owners()
         self.owners.add_module("model", model_home)
         if guide_home is not model_home:
@@ -138,7 +149,7 @@ class Pair:
     @contextlib.contextmanager
     def running(self, *, rows: Tensor | None = None, validate: bool = False) -> Iterator[None]:
         """Everything that a run needs and that must not outlive it."""
-        with isolated(self.model, self.guide, validate=validate), batch_rows(rows):
+        with isolated(validate=validate), batch_rows(rows if rows is not None else current_rows()):
             yield
 
     def call(
@@ -187,18 +198,20 @@ class Pair:
 
     def _loss(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any) -> Tensor:
         model, guide = (self._scaled(program, sizes, kl_weight) for program in (self.run_model, self.run_guide))
-        if type(self.loss_fn) is Trace_ELBO:
+        if self.pathwise:
             try:
                 return _negative_elbo(self.loss_fn, model, guide, batch)
             except NotReparameterised:
-                pass
+                self.pathwise = False
         if hasattr(self.loss_fn, "differentiable_loss"):
             return self.loss_fn.differentiable_loss(model, guide, *batch)
         if callable(self.loss_fn) and not hasattr(self.loss_fn, "loss_and_grads"):
             return self.loss_fn(model, guide, *batch)
         raise NotReparameterised(f"{type(self.loss_fn).__name__} has no differentiable loss")
 
-    def loss_and_grads(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any, rows: Tensor | None) -> float:
+    def loss_and_grads(
+        self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any, rows: Tensor | None
+    ) -> float:
         """For the losses of Pyro that only know how to run backward themselves (Renyi, graph, wake-sleep)."""
         with self.running(rows=rows):
             model, guide = (self._scaled(p, sizes, kl_weight, speak=True) for p in (self.run_model, self.run_guide))
@@ -213,10 +226,10 @@ class Pair:
             ModelError: the model alone cannot be run, or a discrete latent stands where none can be served.
         """
         plates = set(plates)
-        with self.running(validate=True), preserved_rng(0), torch.no_grad():
+        with self.running(validate=True), preserved_rng(0), preserved_buffers(self.model, self.guide), torch.no_grad():
             guide_trace = poutine.trace(self.run_guide).get_trace(*batch)
-            with StartValues():
-                model_trace = poutine.trace(poutine.replay(self.run_model, trace=guide_trace)).get_trace(*batch)
+            with StartValues():  # by itself, not at the guide's values: those are what is to be checked
+                model_trace = poutine.trace(self.run_model).get_trace(*batch)
         model_sites, guide_sites = read(model_trace, plates), read(guide_trace, plates)
         self._check_names(model_sites, {n: s for n, s in guide_sites.items() if not s.auxiliary})
         for name, site in model_sites.items():
@@ -250,7 +263,9 @@ class Pair:
         name, guide = site.name, program_name(self.guide)
         value_shape = site.batch_shape + site.event_shape
         if tuple(node["value"].shape) != tuple(value_shape):
-            raise GuideError(f"{guide} gives {name!r} the shape {tuple(node['value'].shape)}, the model {tuple(value_shape)}")
+            raise GuideError(
+                f"{guide} gives {name!r} the shape {tuple(node['value'].shape)}, the model {tuple(value_shape)}"
+            )
         if not bool(torch.as_tensor(site.support.check(node["value"])).all()):
             raise GuideError(
                 f"{guide} gives {name!r} values outside the model's support ({site.support_name}); its own is "

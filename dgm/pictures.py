@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .errors import DGMError
 from .evaluate import predict
 from .metrics import CategoricalPrediction
 from .pair import Pair
-from .programs import Program, evaluating, preserved_rng
+from .programs import Program, evaluating, preserved_rng, program_name
+
+log = logging.getLogger("dgm")
 
 SHOWN = 10
 
@@ -30,12 +34,14 @@ def pictures_of(
                 return _images(model, guide, held_out, shape, seed)
             if len(held_out) == 2 and held_out[0].dim() == 2 and held_out[0].shape[1] <= 2:
                 return _band(model, guide, held_out, float(info.get("y_std", 1.0)))
-    except (DGMError, RuntimeError, ValueError, TypeError, KeyError):
-        pass
+    except (DGMError, RuntimeError, ValueError, TypeError) as error:
+        log.warning("no pictures of %s: %s: %s", program_name(guide), type(error).__name__, error)
     return {}
 
 
-def _images(model: Any, guide: Program, held_out: Sequence[Tensor], shape: tuple[int, int], seed: int) -> dict[str, Any]:
+def _images(
+    model: Any, guide: Program, held_out: Sequence[Tensor], shape: tuple[int, int], seed: int
+) -> dict[str, Any]:
     pair = Pair(model, guide)
     step = max(1, len(held_out[0]) // SHOWN)
     batch = tuple(t[::step][:SHOWN] for t in held_out)
@@ -44,7 +50,9 @@ def _images(model: Any, guide: Program, held_out: Sequence[Tensor], shape: tuple
         latents = {
             name: node["value"]
             for name, node in trace.nodes.items()
-            if node["type"] == "sample" and not node["infer"].get("is_auxiliary")
+            if node["type"] == "sample"
+            and not (node["infer"] or {}).get("is_auxiliary")
+            and not site_is_subsample(node)
         }
         images = model.reconstruct(**latents)
         generator = torch.Generator(device=batch[0].device).manual_seed(seed)
@@ -57,7 +65,10 @@ def _band(model: Program, guide: Program, held_out: Sequence[Tensor], y_std: flo
     x, y = held_out
     low, high = x.min(0).values, x.max(0).values
     pad = 0.25 * (high - low)
-    axes = [torch.linspace(float(a), float(b), 120 if x.shape[1] == 1 else 40) for a, b in zip(low - pad, high + pad, strict=True)]
+    axes = [
+        torch.linspace(float(a), float(b), 120 if x.shape[1] == 1 else 40)
+        for a, b in zip(low - pad, high + pad, strict=True)
+    ]
     grid = torch.cartesian_prod(*axes).reshape(-1, x.shape[1]).to(x.dtype)
     prediction = predict(model, guide, grid, torch.zeros(len(grid), dtype=y.dtype), num_samples=300)
     if prediction is None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from .errors import DataError
-from .style import COLOURS, DASHES, INK, MARKERS, count, ordered, share, shorten, styled
+from .style import COLOURS, DASHES, INK, MARKERS, count, limit, ordered, share, shorten, styled
 
 
 def _look(i: int) -> tuple[str, Any, str]:
@@ -87,7 +87,7 @@ def _curve_limits(panels: Sequence[dict[str, pd.DataFrame]]) -> tuple[float, flo
     ends = np.array([t.ffill().iloc[-1].mean() for t in tables])
     typical = high - float(np.median(ends))
     low = float(np.percentile(values, 12))
-    low = max(low, high - max(8.0 * typical, 1e-3 * abs(high), 1e-6))
+    low = max(low, high - max(6.0 * (high - float(np.median(values))), 1e-3 * abs(high), 1e-6))
     near = ends[ends > high - 20.0 * max(typical, 1e-3 * abs(high))]  # a guide that merely lags stays in the frame
     low = min(low, float(near.min())) if len(near) else low
     margin = 0.04 * (high - low) or 1.0
@@ -252,7 +252,7 @@ def khat_distribution(khat: Mapping[str, np.ndarray], threshold: float, order: S
         bad = float(np.mean(values[name] > threshold))
         axes.text(1.015, -row + 0.1, share(bad), transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
     axes.axvline(threshold, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
-    axes.text(1.015, 1.0, f"above {threshold:.2g}", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
+    axes.text(1.015, 1.0, f"above {limit(threshold)}", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
     axes.set_ylim(-len(names) + 0.98, 1.0)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_yticks([0.35 - row for row in range(len(names))], [shorten(name) for _, name in names])
@@ -260,7 +260,7 @@ def khat_distribution(khat: Mapping[str, np.ndarray], threshold: float, order: S
         label.set_parse_math(False)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("k-hat of a held-out datum (what lies outside is drawn in the outermost bar)")
+    axes.set_xlabel("k-hat (what lies outside is drawn in the outermost bar)")
     return figure
 
 
@@ -310,6 +310,7 @@ def images(pictures: Mapping[str, Mapping[str, Any]], order: Sequence[str] | Non
     for line, (name, row) in zip(grid, rows, strict=True):
         for axes, block in zip(line, blocks, strict=True):
             axes.axis("off")
+            axes.set_anchor("W")
             if block in row and row[block].ndim == 3:
                 axes.imshow(_mosaic(row[block], widest[block]), interpolation="none")
         where = {"transform": line[0].transAxes, "va": "center", "ha": "right", "fontsize": 8}

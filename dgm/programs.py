@@ -10,8 +10,8 @@ import pyro
 import torch
 from pyro.distributions import ImproperUniform
 from pyro.distributions.transforms import biject_to
-from pyro.nn.module import PyroModule
-from pyro.params.param_store import ParamStoreDict
+from pyro.nn.module import _Context
+from pyro.params.param_store import ParamStoreDict, user_param_name
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
@@ -74,15 +74,26 @@ class LocalParameters(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         if getattr(msg["fn"], "__func__", None) is not ParamStoreDict.get_param:
-            return  # a PyroModule announces a parameter that it holds itself
+            if isinstance(self.home, FunctionProgram):  # a PyroModule that the function closes over tells what it holds
+                self._remember(msg["args"][0], msg["fn"]())
+            return
         name, init = msg["args"][0], (msg["args"][1] if len(msg["args"]) > 1 else None)
         constraint = msg["kwargs"].get("constraint", constraints.real)
         if isinstance(init, nn.Parameter):
-            self.home.__dict__.setdefault("pyro_modules", {})[name] = init
+            self._remember(name, init)
             msg["value"] = init
+        elif isinstance(init, Tensor) and user_param_name(name) != name:
+            msg["value"] = init  # of a module whose parameters are exchanged from outside, for a graph or a replica
         else:
             msg["value"] = self._value(name, init, constraint)
         msg["done"] = True
+
+    def _remember(self, name: str, value: Any) -> None:
+        leaf = value if isinstance(value, nn.Parameter) else getattr(value, "unconstrained", lambda: None)()
+        if isinstance(leaf, nn.Parameter):
+            known = self.home.__dict__.setdefault("pyro_modules", {})
+            while known.setdefault(name, leaf) is not leaf:
+                name += "'"  # two modules that are not known by name may hold a parameter of one name
 
     def _value(self, name: str, init: Any, constraint: Any) -> Tensor:
         key = name.replace(".", "|")
@@ -120,23 +131,47 @@ def bound(program: Program, home: nn.Module, *others: nn.Module) -> Program:
 
 
 @contextlib.contextmanager
-def isolated(*programs: Program, validate: bool = True) -> Iterator[None]:
+def isolated(*, validate: bool = True) -> Iterator[None]:
     """Run programs so that nothing reaches Pyro's global parameter store and no setting survives.
 
     Pyro's own `module_local_params` refuses modules that were built under its default setting, unless their context
-    is given an (empty) store first; nothing is ever kept in it, for `LocalParameters` answers every request.
+    has an (empty) store; nothing is ever kept in it, for `LocalParameters` answers every request.
     """
-    for program in programs:
-        module = owner(program)
-        for part in module.modules() if module is not None else ():
-            if isinstance(part, PyroModule) and not hasattr(part._pyro_context, "param_state"):
-                part._pyro_context.param_state = {"params": {}, "constraints": {}}
     with (
         pyro.settings.context(module_local_params=True),
         pyro.get_param_store().scope(),
         pyro.validation_enabled(validate),
+        _context_store(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _context_store() -> Iterator[None]:
+    """An empty store for every module that has none, also those that a function closes over."""
+    context: Any = _Context
+    if hasattr(context, "param_state"):
+        yield
+        return
+    context.param_state = {"params": {}, "constraints": {}}
+    try:
+        yield
+    finally:
+        del context.param_state
+
+
+@contextlib.contextmanager
+def preserved_buffers(*programs: Program) -> Iterator[None]:
+    """Leave buffers as they were: to read a program is no training, and moves no batch-norm statistics."""
+    modules = [module for program in programs if (module := owner(program)) is not None]
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextlib.contextmanager

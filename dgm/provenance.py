@@ -25,7 +25,8 @@ def provenance() -> dict[str, str]:
     return {
         "command": _command(),
         "commit": _commit(),
-        "versions": ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + f", Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+        + f", Python {platform.python_version()}",
         "hardware": f"{_processor()}, {os.cpu_count()} cores"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         "threads": str(torch.get_num_threads()),
@@ -49,11 +50,17 @@ def _commit() -> str:
     """The commit of the checkout that is run, with a mark where it was changed; "release" outside of one."""
     here = Path(__file__).parent
     try:
-        known = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, timeout=5)
+        known = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, timeout=5
+        )
         if known.returncode:
             return f"release {_version('dgm')}"
         run = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=5
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
         )
     except (OSError, subprocess.SubprocessError):
         return f"release {_version('dgm')}"

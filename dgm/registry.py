@@ -81,7 +81,9 @@ def _read(package: str, group: str, first: str) -> tuple[dict[str, Entry], list[
         if entry is None:
             continue
         if name in found:
-            raise OptionError(f"two packages offer {name!r}: {found[name].source} and {source}; uninstall one or rename it")
+            raise OptionError(
+                f"two packages offer {name!r}: {found[name].source} and {source}; uninstall one or rename it"
+            )
         found[name] = entry
     return found, broken
 

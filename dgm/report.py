@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from . import plots
 from .errors import OptionError
-from .style import COLOURS, count, share, shorten, svg
+from .style import COLOURS, count, limit, share, shorten, svg
 from .tables import best_place, columns, failures, format_table, headline, numbers, score_name, texts_of, verdict
 
 __all__ = ["Comparison", "format_table", "render", "verdict", "write_report"]
@@ -54,11 +54,15 @@ def grounds(result: Comparison) -> list[str]:
         out.append("With one seed the errors cover the choice of held-out data, not the chance of training.")
     best = best_place(table, score_name(meta))
     bad = float(numbers(table, "khat_bad").iloc[best]) if best is not None else np.nan
-    if bad > 0.1:
+    if bad > 0.1 and score_name(meta) == "bound":
         out.append(
-            f"Even for the best guide k-hat is above {result.k_threshold:.2g} for {share(bad)} of the held-out data: "
+            f"Even for the best guide, k-hat is above {limit(result.k_threshold)} for {share(bad)} of held-out data: "
             "there the bound may be loose and its error understated."
         )
+    elif bad > 0.1:
+        out.append(f"In {share(bad)} of its runs k-hat says that even the best guide is far from the posterior.")
+    if meta.get("interrupted"):
+        out.append("It was interrupted: only the runs that had finished by then are here.")
     return out
 
 
@@ -80,22 +84,17 @@ def _figures(result: Comparison, order: list[str]) -> list[dict[str, Any]]:
         )
         drawn.append(("cost", "Score against cost", text, plots.bound_against_cost(table, score)))
     if any(np.size(k) for k in result.khat.values()):
-        text = "Solid: data whose k-hat is above the threshold; their share stands at the right."
-        drawn.append(
-            (
-                "khat",
-                "k-hat of each held-out datum",
-                text,
-                plots.khat_distribution(result.khat, result.k_threshold, order),
-            )
-        )
+        what = "held-out datum" if score == "bound" else "run"
+        text = f"One value for each {what}. Solid: above the threshold; their share stands at the right."
+        figure = plots.khat_distribution(result.khat, result.k_threshold, order)
+        drawn.append(("khat", f"k-hat of each {what}", text, figure))
     if is_image:
         text = "The same held-out images for every guide; samples are of the model that was trained with the guide."
         drawn.append(("images", "Reconstructions and samples", text, plots.images(pictures, order)))
     if any("grid" in p and "mean" in p for p in pictures.values()):
         plane = any(np.ndim(p.get("grid")) == 2 and np.shape(p["grid"])[1] == 2 for p in pictures.values())
-        text = "Line and band: predicted mean and central interval; dots: training data."
-        text = "Predicted probability, from blue (0) to yellow (1); marks: training data by class." if plane else text
+        text = "Line and band: predicted mean and central interval; dots: held-out data."
+        text = "Predicted probability, from blue (0) to yellow (1); marks: held-out data by class." if plane else text
         drawn.append(("band", "Predictions", text, plots.predictive_band(pictures, order)))
     return [
         {
@@ -109,9 +108,19 @@ def _figures(result: Comparison, order: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _runs(rows: pd.DataFrame, order: list[str]) -> tuple[list[str], list[list[str]]]:
+def _runs(rows: pd.DataFrame, order: list[str], score: str) -> tuple[list[str], list[list[str]]]:
     """Header and texts of the table of single runs: columns that are known and not empty."""
-    decimal = {"bound", "bound_se", "elbo", "log_likelihood", "rmse", "brier", "calibration_error", "khat_median"}
+    decimal = {
+        "bound",
+        "bound_se",
+        "elbo",
+        "log_likelihood",
+        "rmse",
+        "crps",
+        "brier",
+        "calibration_error",
+        "khat_median",
+    }
     forms: dict[str, Any] = dict.fromkeys(decimal, lambda v: f"{v:.3f}")
     forms |= dict.fromkeys(("khat_bad", "coverage95", "accuracy"), lambda v: f"{100 * v:.1f} %")
     forms |= dict.fromkeys(("evaluations", "search_evaluations", "parameters"), count)
@@ -129,6 +138,10 @@ def _runs(rows: pd.DataFrame, order: list[str]) -> tuple[list[str], list[list[st
         "calibration_error",
     ]
     shown += ["khat_bad", "khat_median", "ess", "evaluations", "search_evaluations", "seconds", "cpu_seconds", "lr"]
+    if score == "log_likelihood":
+        shown.remove("bound")  # there it is the same number
+    if not numbers(rows, "search_evaluations").max() > 0:
+        shown.remove("search_evaluations")
     shown = [name for name in [*shown, "parameters"] if numbers(rows, name).notna().any()]
     place = {name: i for i, name in enumerate(order)}
     ranked = rows.assign(_place=[place[str(g)] for g in rows["guide"]]).sort_values(["_place", "seed"], kind="stable")
@@ -138,7 +151,14 @@ def _runs(rows: pd.DataFrame, order: list[str]) -> tuple[list[str], list[list[st
         for i, (guide, seed) in enumerate(zip(ranked["guide"], ranked["seed"], strict=True))
     ]
     heads = {"khat_bad": "k-hat bad", "khat_median": "k-hat median", "coverage95": "95 % covers", "elbo": "ELBO"}
-    heads |= {"bound_se": "± over data", "rmse": "RMSE", "ess": "ESS", "lr": "step size", "cpu_seconds": "CPU s"}
+    heads |= {
+        "bound_se": "± over data",
+        "rmse": "RMSE",
+        "crps": "CRPS",
+        "ess": "ESS",
+        "lr": "step size",
+        "cpu_seconds": "CPU s",
+    }
     heads |= {"search_evaluations": "in search"}
     return [heads.get(name, name.replace("_", " ")) for name in shown], body
 
@@ -148,21 +168,29 @@ def _provenance(meta: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[st
     notes = meta.get("protocol", meta.get("protocol_notes", []))
     out = []
     for name, value in meta.items():
-        if name in ("title", "mode", "protocol", "protocol_notes", "score"):
+        if name in ("title", "mode", "protocol", "protocol_notes", "score", "interrupted"):
             continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, (list, tuple)):
             value = ", ".join(map(str, value))
-        out.append((name.replace("_", " "), str(value)))
+        out.append((name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)))
     return out, [notes] if isinstance(notes, str) else [str(n) for n in notes]
+
+
+def _remarks(rows: pd.DataFrame) -> list[str]:
+    """What the evaluation had to note, each once, with the guides it is about."""
+    if "notes" not in rows:
+        return []
+    noted = rows[rows["notes"].fillna("").astype(str) != ""].groupby("notes", sort=False)["guide"]
+    return [f"{', '.join(shorten(g, 80) for g in guides.unique())}: {note}." for note, guides in noted]
 
 
 def render(result: Comparison) -> str:
     """The HTML page as text: nothing in it is loaded from elsewhere, and every name in it is escaped."""
-    table, meta, rows = result.table, {"k_threshold": result.k_threshold, **result.meta}, result.rows
+    table, meta, rows = result.table, {**result.meta, "k_threshold": result.k_threshold}, result.rows
     order = list(dict.fromkeys([str(g) for g in table.index] + [str(g) for g in rows["guide"]]))
-    heads, runs = _runs(rows, order)
+    heads, runs = _runs(rows, order, score_name(meta))
     facts, notes = _provenance(result.meta)
     shown = columns(table, meta)
     environment = Environment(
@@ -182,6 +210,7 @@ def render(result: Comparison) -> str:
             (i, shorten(g, 80), [c.cells[i].strip().replace("-", "−") for c in shown])
             for i, g in enumerate(table.index)
         ],
+        remarks=_remarks(rows),
         failures=failures(rows),
         failed=int((rows["status"] != "ok").sum()) if "status" in rows else 0,
         total=len(rows),

@@ -18,7 +18,17 @@ from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor, nn
 
 from .errors import ModelError, did_you_mean
-from .programs import Program, StartValues, bound, isolated, owner, preserved_rng, program_name, with_home
+from .programs import (
+    Program,
+    StartValues,
+    bound,
+    isolated,
+    owner,
+    preserved_buffers,
+    preserved_rng,
+    program_name,
+    with_home,
+)
 
 DATA_PLATE = "data"
 
@@ -76,8 +86,11 @@ def support_name(support: Any) -> str:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     text = str(support)
-    for long, short in (("GreaterThan(lower_bound=0.0)", "positive"), ("GreaterThanEq(lower_bound=0.0)", "nonnegative"),
-                        ("Interval(lower_bound=0.0, upper_bound=1.0)", "unit_interval")):
+    for long, short in (
+        ("GreaterThan(lower_bound=0.0)", "positive"),
+        ("GreaterThanEq(lower_bound=0.0)", "nonnegative"),
+        ("Interval(lower_bound=0.0, upper_bound=1.0)", "unit_interval"),
+    ):
         text = text.replace(long, short)
     return text.removesuffix("()").lower() if text.endswith("()") else text
 
@@ -122,7 +135,9 @@ class Latents(Mapping[str, Site]):
         if not rows:
             return "no latents"
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+        )
 
 
 def init_values(model: Program) -> dict[str, Tensor]:
@@ -137,7 +152,7 @@ def trace_once(model: Program, *batch: Any, values: Mapping[str, Tensor] | None 
     if isinstance(model, type):
         raise ModelError(f"model is the class {model.__name__}, expected an object of it: write {model.__name__}(...)")
     program, home = with_home(model)
-    with isolated(model), preserved_rng(seed), torch.no_grad(), StartValues(values):
+    with isolated(), preserved_rng(seed), preserved_buffers(model), torch.no_grad(), StartValues(values):
         try:
             return poutine.trace(bound(program, home)).get_trace(*batch)
         except NotImplementedError as error:
@@ -243,14 +258,18 @@ class Packing(nn.Module):
         self.sites = list(sites)
         plates = {site.plate for site in self.sites}
         if len(plates) > 1:
-            raise ModelError(f"sites of different plates cannot share a vector: {sorted(map(str, plates))}; pack each alone")
+            raise ModelError(
+                f"sites of different plates cannot share a vector: {sorted(map(str, plates))}; pack each alone"
+            )
         self.plate: str | None = next(iter(plates)) if plates else None
         self.frame = self.sites[0].plate_frame if self.plate is not None else None
         self.blocks: list[Block] = []
         start = 0
         for site in self.sites:
             require_continuous(site)
-            event = Size(biject_to(site.support).inverse_shape(site.batch_shape + site.event_shape)[len(site.batch_shape) :])
+            event = Size(
+                biject_to(site.support).inverse_shape(site.batch_shape + site.event_shape)[len(site.batch_shape) :]
+            )
             rest = list(site.batch_shape)
             if self.frame is not None:
                 rest[self.frame.dim] = 1
@@ -353,7 +372,9 @@ def start_values(
     for site in sites:
         if site.name in proposals:
             value = torch.as_tensor(proposals[site.name]).detach()
-            if value.shape != site.batch_shape + site.event_shape or not bool(torch.as_tensor(site.support.check(value)).all()):
+            if value.shape != site.batch_shape + site.event_shape or not bool(
+                torch.as_tensor(site.support.check(value)).all()
+            ):
                 raise ModelError(
                     f"the start value of {site.name!r} has shape {tuple(value.shape)}, expected "
                     f"{tuple(site.batch_shape + site.event_shape)} inside {site.support_name}"

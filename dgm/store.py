@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def save_comparison(result: Comparison, folder: Path) -> Path:
     text = format_table(result.table, result.meta, result.rows)
     write_whole(folder / "table.txt", lambda p: p.write_text(text + "\n", encoding="utf-8"))
     for name, figure in _figures(result).items():
-        write_whole(folder / f"{name}.png", lambda p, f=figure: f.savefig(p, format="png", dpi=150, facecolor="white"))
+        write_whole(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150, facecolor="white"))
     return result.report(folder / "report.html")
 
 

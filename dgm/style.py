@@ -93,6 +93,15 @@ def share(value: float) -> str:
     return ">99 %" if 0.99 < value < 1 else f"{100 * value:.0f} %"
 
 
+def limit(value: float) -> str:
+    """A threshold in two digits, halves up as people round.
+
+    >>> limit(0.7), limit(0.565)
+    ('0.7', '0.57')
+    """
+    return f"{value + 1e-9:.2g}"
+
+
 def ordered(names: Sequence[str], order: Sequence[str] | None) -> list[tuple[int, str]]:
     """(colour number, name) of the names that are there, in the order given, then in their own."""
     full = [*(order or ())]

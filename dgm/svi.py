@@ -14,14 +14,14 @@ import pyro
 import torch
 from torch import Tensor
 
+from .checks import check_observed, explain_nonfinite
 from .errors import DataError, GuideError, ModelError, OptionError, TrainingError
 from .graph import Graph, Untraceable
 from .noise import Recorded, recording
 from .optim import make_optimiser
 from .pair import NotReparameterised, Pair, batch_rows
-from .programs import Program, preserved_rng, program_name
+from .programs import Program, preserved_buffers, preserved_rng, program_name
 from .sites import DATA_PLATE, Latents
-from .checks import check_observed, explain_nonfinite
 
 log = logging.getLogger("dgm")
 
@@ -128,7 +128,7 @@ class SVI(pyro.infer.SVI):
 
     def _check_reached(self, batch: Sequence[Any], rows: Tensor | None) -> None:
         """Walk the graph of one loss: whatever leaf it reaches must be a parameter that the optimiser knows."""
-        with preserved_rng(0):
+        with preserved_rng(0), preserved_buffers(self.model, self.guide):
             try:
                 loss = self.pair.loss(None, batch, sizes=self.sizes, rows=rows, validate=True)
             except NotReparameterised:
@@ -161,14 +161,17 @@ class SVI(pyro.infer.SVI):
         self._update(loss, gradients, batch, rows)
         return float(loss)
 
-    def _gradients(self, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> tuple[Tensor, list[Tensor | None]]:
+    def _gradients(
+        self, batch: Sequence[Any], rows: Tensor | None, kl_weight: float
+    ) -> tuple[Tensor, list[Tensor | None]]:
         key = _shapes(batch, rows)
         runs = self._runs[key] = self._runs.get(key, 0) + 1
         if self.compile == "trace" and self.fallback is None and runs > self.warm:
             graph = self._graph(key, batch, rows, kl_weight)
             if graph is not None:
                 noise = self._draws[key].sample()
-                return graph(self.parameters, batch, noise, self.sizes, kl_weight, rows)
+                loss, computed = graph(self.parameters, batch, noise, self.sizes, kl_weight, rows)
+                return loss, list(computed)
         loss = self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         return loss.detach(), list(gradients)
@@ -176,7 +179,7 @@ class SVI(pyro.infer.SVI):
     def _graph(self, key: Any, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> Graph | None:
         if key not in self._graphs:
             try:
-                with preserved_rng():
+                with preserved_rng(), preserved_buffers(self.model, self.guide):
                     with recording() as draws:
                         self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
                     if not draws.complete:
@@ -189,7 +192,9 @@ class SVI(pyro.infer.SVI):
                 return None
         return self._graphs[key]
 
-    def _update(self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None) -> None:
+    def _update(
+        self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None
+    ) -> None:
         present = [g for g in gradients if g is not None]
         norm = torch.nn.utils.get_total_norm(present) if present else torch.zeros(())
         if not bool(torch.isfinite(loss + norm)):
@@ -214,8 +219,12 @@ class SVI(pyro.infer.SVI):
         self._update(torch.as_tensor(float(value)), gradients, batch, rows)
         return float(value)
 
-    def _explain(self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None) -> str:
-        names = [n for n, g in zip(self.parameters, gradients, strict=True) if g is not None and not torch.isfinite(g).all()]
+    def _explain(
+        self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None
+    ) -> str:
+        names = [
+            n for n, g in zip(self.parameters, gradients, strict=True) if g is not None and not torch.isfinite(g).all()
+        ]
         what = f"the loss is {float(loss)}" if not torch.isfinite(loss) else "the gradient is not finite"
         return explain_nonfinite(self.pair, self.steps + 1, what, names, batch, rows)
 
@@ -262,7 +271,7 @@ def _closure_name(leaf: Tensor, *programs: Program) -> str:
     for outer in programs:
         program = getattr(outer, "function", outer)
         code = getattr(program, "__code__", None)
-        cells = dict(zip(code.co_freevars, program.__closure__ or (), strict=False)) if code is not None else {}  # type: ignore[union-attr]
+        cells = dict(zip(code.co_freevars, program.__closure__ or (), strict=False)) if code is not None else {}
         reached = {name: cell.cell_contents for name, cell in cells.items()}
         scope = getattr(program, "__globals__", {})
         reached.update({name: scope[name] for name in (code.co_names if code is not None else ()) if name in scope})

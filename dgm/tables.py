@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from .style import count, share, shorten
+from .style import count, limit, share, shorten
 
 WIDTH = 40  # of a guide's name in the text table, in characters
 
@@ -97,16 +97,17 @@ def columns(table: pd.DataFrame, meta: Mapping[str, Any]) -> list[Column]:
             "difference to best",
             _differences(table, score, digits),
             "taken datum by datum and seed by seed, so its error is smaller than that of the scores themselves; "
-            "tie: too small to tell from zero",
+            "tie: its 95 % interval, which is wide where seeds are few, holds zero",
         ),
     ]
     if score == "log_likelihood":
         out += _predictive(table)
     threshold = float(meta.get("k_threshold", 0.7))
+    which = "held-out data" if score == "bound" else "runs"
     shares = {
         "khat_bad": (
-            f"k-hat > {threshold:.2g}",
-            "held-out data for which the importance weights have so heavy a tail that their mean cannot be trusted; "
+            f"k-hat > {limit(threshold)}",
+            f"{which} for which the importance weights have so heavy a tail that their mean cannot be trusted; "
             "a measure of how far q is from the posterior",
         )
     }
@@ -117,29 +118,30 @@ def columns(table: pd.DataFrame, meta: Mapping[str, Any]) -> list[Column]:
         "evaluations": (
             "evaluations",
             count,
-            "evaluations of log p(x, z) in training, the search of a step size included",
+            "evaluations of log p(x, z) in training",
         ),
+        "search_evaluations": ("in search", count, "evaluations spent before that on finding a step size"),
         "seconds": ("seconds", _seconds, "wall-clock time of the training of one seed"),
     }
     for name, (header, form, meaning) in costs.items():
-        if numbers(table, name).notna().any():
+        known = numbers(table, name)
+        if known.notna().any() and (name != "search_evaluations" or known.max() > 0):
             out.append(Column(header, texts_of(table, name, form), meaning))
     return out
 
 
 def _predictive(table: pd.DataFrame) -> list[Column]:
-    """Columns of a supervised comparison."""
+    """Columns of a supervised comparison: those that fit a terminal; the page has the others run by run."""
     kinds = {
         "rmse": ("RMSE", "root mean squared error of the predictive mean, in units of the target; lower is better"),
         "accuracy": ("accuracy", "share of held-out data whose most probable class is the right one"),
-        "brier": ("Brier", "mean squared distance of the predicted probabilities from the truth; lower is better"),
         "coverage95": ("95 % covers", "share of targets inside the central 95 % predictive interval; 95 % is right"),
         "calibration_error": ("calibration", "mean gap between stated and observed probability; 0 is right"),
     }
-    out = []
+    out: list[Column] = []
     for name, (header, meaning) in kinds.items():
         values, errors = numbers(table, name), numbers(table, f"{name}_se")
-        if not values.notna().any():
+        if not values.notna().any() or (name == "calibration_error" and any(c.header == "95 % covers" for c in out)):
             continue
         if name in ("accuracy", "coverage95"):
             cells = texts_of(table, name, lambda v: f"{100 * v:.1f} %")
@@ -193,7 +195,13 @@ def format_table(table: pd.DataFrame, meta: Mapping[str, Any], rows: pd.DataFram
         wide = max(len(column.header), *map(len, column.cells), 0)
         parts.append([f"{text:^{wide}}" for text in (column.header, *column.cells)])
     lines = ["   ".join(line).rstrip() for line in zip(*parts, strict=True)]
-    failed = [] if rows is None else [f"failed: {f['guide']}, seed {f['seeds']}: {f['status']}" for f in failures(rows)]
+    failed = (
+        []
+        if rows is None
+        else [
+            f"failed: {f['guide']}, seed{'s' * (',' in f['seeds'])} {f['seeds']}: {f['status']}" for f in failures(rows)
+        ]
+    )
     return "\n".join([headline(meta), *lines, *failed])
 
 

@@ -147,18 +147,31 @@ def refuse_untrained(pair: Pair, model: Program, guide: Program) -> None:
 
 
 def log_weight_terms(
-    model: Program, guide: Program, *batch: Any, num_samples: int = 1, seed: int | None = 0, plates: Iterable[str] = (DATA_PLATE,)
+    model: Program,
+    guide: Program,
+    *batch: Any,
+    num_samples: int = 1,
+    seed: int | None = 0,
+    plates: Iterable[str] = (DATA_PLATE,),
 ) -> LogWeights:
     """Both parts of the log weights; see `LogWeights`."""
     with preserved_rng(seed):
         parts = list(LogWeightSampler(model, guide, *batch, plates=plates).chunks(num_samples))
     return LogWeights(
-        torch.cat([p.local for p in parts]), torch.cat([p.global_ for p in parts]), parts[0].has_local, parts[0].has_global
+        torch.cat([p.local for p in parts]),
+        torch.cat([p.global_ for p in parts]),
+        parts[0].has_local,
+        parts[0].has_global,
     )
 
 
 def log_weights(
-    model: Program, guide: Program, *batch: Any, num_samples: int = 1, seed: int | None = 0, plates: Iterable[str] = (DATA_PLATE,)
+    model: Program,
+    guide: Program,
+    *batch: Any,
+    num_samples: int = 1,
+    seed: int | None = 0,
+    plates: Iterable[str] = (DATA_PLATE,),
 ) -> Tensor:
     """log p(x, z) - log q(z | x) of samples z ~ q, with every plate scale taken out.
 

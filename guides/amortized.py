@@ -94,7 +94,9 @@ def local_sites(found: Any, names: Iterable[str] | None, guide: str) -> list[Sit
     if wrong:
         raise GuideError(f"latent {wrong[0]!r} is global, {guide} serves local ones: use Global or Joint for it")
     if len({site.plate for site in chosen}) > 1:
-        raise GuideError(f"the latents stand in different plates {sorted({str(s.plate) for s in chosen})}: Joint serves each")
+        raise GuideError(
+            f"the latents stand in different plates {sorted({str(s.plate) for s in chosen})}: Joint serves each"
+        )
     return chosen
 
 
@@ -103,7 +105,9 @@ def _build(encoder: Any, width: int) -> nn.Module:
         return encoder
     built = encoder(width)
     if not isinstance(built, nn.Module):
-        raise GuideError(f"encoder made a {type(built).__name__}, expected a torch module: give a factory such as mlp(64)")
+        raise GuideError(
+            f"encoder made a {type(built).__name__}, expected a torch module: give a factory such as mlp(64)"
+        )
     return built
 
 
@@ -115,7 +119,9 @@ class DataPlate:
         self.name, self.dim, self.rows = frame.name, frame.dim, frame.size
         declared = frame.full_size if frame.full_size not in (None, frame.size) else None
         self.full_size: int | None = declared
-        places = [i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.dim() and len(item) == self.rows]
+        places = [
+            i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.dim() and len(item) == self.rows
+        ]
         if not places:
             raise GuideError(
                 f"no argument of the batch has the {self.rows} rows of plate {self.name!r}: the guide must see the rows "
@@ -151,9 +157,14 @@ class _Opened:
 class Features(nn.Module):
     """Everything a batch says of a row, as one vector: `(B, features)`."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, batch: Sequence[Any], rows: int):
         super().__init__()
-        self.places = [i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.dim() and len(item) == rows]
+        self.places = [
+            i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.dim() and len(item) == rows
+        ]
         raw = self._raw(batch)
         self.width = raw.shape[-1]
         outside = ((raw < 0) | (raw > 1)).any(0)

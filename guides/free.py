@@ -70,7 +70,10 @@ class Free(PyroModule):
             raise GuideError(f"{type(member).__name__} draws noise that depends on its parameters: it cannot be free")
         self.draws: Recorded = draws
         self.members = nn.ParameterDict(
-            {name.replace(".", "|"): nn.Parameter(p.detach().expand(self.plate.rows, *p.shape).clone()) for name, p in member.named_parameters()}
+            {
+                name.replace(".", "|"): nn.Parameter(p.detach().expand(self.plate.rows, *p.shape).clone())
+                for name, p in member.named_parameters()
+            }
         )
         self.__dict__["member"] = member  # a mould, not a part: its own parameters are never used
 
@@ -99,14 +102,24 @@ class _Stack(TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, member: nn.Module, stacked: dict[str, Tensor], draws: Recorded, batch: Size, features: int, extra: Size = Size()):
+    def __init__(
+        self,
+        member: nn.Module,
+        stacked: dict[str, Tensor],
+        draws: Recorded,
+        batch: Size,
+        features: int,
+        extra: Size = Size(),
+    ):
         self.member, self.stacked, self.draws, self.own, self.extra = member, stacked, draws, batch, extra
         self._last: tuple[Tensor, Tensor] | None = None
         super().__init__(extra + batch, Size((features,)), validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _Stack:
         wide = Size(batch_shape)
-        return _Stack(self.member, self.stacked, self.draws, self.own, self.event_shape[0], wide[: len(wide) - len(self.own)])
+        return _Stack(
+            self.member, self.stacked, self.draws, self.own, self.event_shape[0], wide[: len(wide) - len(self.own)]
+        )
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         shape = Size(sample_shape) + self.extra

@@ -10,13 +10,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from dgm.models import bayesian_linear_regression, bnn, deep_latent_gaussian, linear_vae, vae
-from dgm.models.bayesian_linear_regression import BayesianLinearRegression
-from dgm.models.bnn import BNN, fan_in_prior
-from dgm.models.deep_latent_gaussian import DeepLatentGaussian
-from dgm.models.likelihoods import Bernoulli, Categorical, Likelihood, Normal
-from dgm.models.linear_vae import LinearVAE
-from dgm.models.vae import VAE
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.poutine.trace_struct import Trace
@@ -24,6 +17,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from dgm.errors import DataError, DGMError, ModelError, OptionError
+from dgm.models import bayesian_linear_regression, bnn, deep_latent_gaussian, linear_vae, vae
+from dgm.models.bayesian_linear_regression import BayesianLinearRegression
+from dgm.models.bnn import BNN, fan_in_prior
+from dgm.models.deep_latent_gaussian import DeepLatentGaussian
+from dgm.models.likelihoods import Bernoulli, Categorical, Likelihood, Normal
+from dgm.models.linear_vae import LinearVAE
+from dgm.models.vae import VAE
 
 DOUBLE = torch.float64
 EXAMPLES: dict[str, Callable[[], tuple[Any, tuple[Tensor, ...]]]] = {

@@ -193,8 +193,24 @@ def test_failed_runs_are_named_and_a_guide_without_any_success_is_not_lost() -> 
     said = Reader(render(result)).said()
     assert "2 of 6 runs failed" in said
     assert "flow 0, 1 GuideError: no gradient".replace(" ", "") in said.replace(" ", "")
-    assert "failed: flow, seed 0, 1: GuideError: no gradient" in format_table(result.table, result.meta, result.rows)
+    assert "failed: flow, seeds 0, 1: GuideError: no gradient" in format_table(result.table, result.meta, result.rows)
     assert "–" in format_table(comparison().table.assign(bound=[-1.0, -2.0, np.nan]), {})
+
+
+def test_weaknesses_are_said() -> None:
+    result = bare()
+    result.table = result.table.assign(khat_bad=0.3, search_evaluations=[0, 40_000, 0])
+    result.rows = result.rows.assign(notes=["", "", "a point has no density", "a point has no density", "", ""])
+    result.meta |= {"interrupted": True}
+    said = Reader(render(result)).said()
+    assert "k-hat is above 0.7 for 30 % of held-out data" in said
+    assert "It was interrupted" in said and "in search" in said
+    assert said.count("flow: a point has no density.") == 1
+    result.meta |= {"score": "log_likelihood"}
+    result.table = result.table.rename(columns={"bound": "log_likelihood", "bound_se": "log_likelihood_se"})
+    assert "In 30 % of its runs k-hat" in Reader(render(result)).said()
+    result.rows = result.rows[result.rows["seed"] == 0]
+    assert "With one seed" in Reader(render(result)).said()
 
 
 def test_everything_failed() -> None:

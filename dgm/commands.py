@@ -1,0 +1,348 @@
+"""What the commands of `dgm` do: each a few lines of the library, between words and files.
+
+Imported by `dgm.cli` when a command runs, so that `dgm --help` waits for nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+from torch import nn
+
+from . import registry
+from .checks import check_observed
+from .compare import _pair, compare
+from .data import check_batch_size
+from .datasets import names
+from .errors import OptionError
+from .files import Dataset
+from .optim import adam
+from .programs import owner, preserved_rng, program_name
+from .resolve import Maker, data_of, is_file, model_of
+from .sites import latents
+from .store import writable
+
+OK, SOME_FAILED, INTERRUPTED = 0, 1, 130
+
+
+# ------------------------------------------------------------------------------------------------- presets
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is trained unless options say otherwise.
+
+    epochs, batch_size, lr: of training. encoder: widths of the encoder's layers. options: of the model's constructor;
+    `hidden` are the widths of its networks.
+    """
+
+    epochs: int = 100
+    batch_size: int = 100
+    lr: float = 1e-3
+    encoder: tuple[int, ...] = (128,)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+ANY = "*"
+PRESETS: dict[tuple[str, str], Preset] = {
+    ("vae", "digits"): Preset(epochs=100, batch_size=100, encoder=(64,), options={"latent": 8, "hidden": (64,)}),
+    ("vae", ANY): Preset(epochs=50, encoder=(400,), options={"latent": 20, "hidden": (400,)}),
+    ("deep-latent-gaussian", "digits"): Preset(encoder=(64,), options={"latents": (8, 4), "hidden": (64,)}),
+    ("deep-latent-gaussian", ANY): Preset(epochs=50, encoder=(200,), options={"latents": (20, 20), "hidden": (200,)}),
+    ("linear-vae", ANY): Preset(encoder=(64,), options={"latent": 2}),
+    ("bnn", "diabetes"): Preset(epochs=400, lr=1e-2, options={"hidden": (50,)}),
+    ("bnn", ANY): Preset(epochs=200, lr=1e-2, options={"hidden": (50,)}),
+    ("bayesian-linear-regression", ANY): Preset(epochs=200, lr=1e-2, options={"intercept": True}),
+    (ANY, ANY): Preset(),
+}
+"""By (model, data); `ANY` is every other one."""
+
+SMOKE: dict[str, Any] = {
+    "seeds": 1,
+    "epochs": 2,
+    "samples": 200,
+    "jobs": 1,
+    "guides": ("diagonal-normal", "full-normal"),
+}
+"""The smallest size of `dgm compare`."""
+
+
+def preset(model: str, data: str) -> Preset:
+    """The preset of a pair, or the nearest one.
+
+    >>> preset("vae", "digits").options["latent"]
+    8
+    """
+    return next(PRESETS[key] for key in ((model, data), (model, ANY), (ANY, ANY)) if key in PRESETS)
+
+
+# --------------------------------------------------------------------------------------------- model and data
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model on which data, as options say it."""
+
+    model: str = "vae"
+    data: str = "digits"
+    data_dir: str | None = None
+    split: int | str = 0
+    target: str | None = None
+    data_seed: int = 0
+    binarize: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and data that fit each other, and how to train: what every command starts from."""
+
+    source: Source
+    make: Maker
+    data: Dataset
+    epochs: int
+    batch_size: int
+    lr: float
+    encoder: tuple[int, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of a results folder: safe in any file system."""
+        model = self.source.model.rpartition(":")[2] if is_file(self.source.model) else self.source.model
+        return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.") for part in (model, self.data.name))
+
+    def guides(self, families: Iterable[str] | None, attach: str) -> dict[str, Callable[..., Any]]:
+        """Families by name, attached with this task's encoder where the way to attach has one."""
+        guides = importlib.import_module("dgm.guides")  # by name: the core does not know the zoo
+        mlp = importlib.import_module("dgm.guides.encoders").mlp
+        chosen = tuple(guides.DEFAULT if families is None else families)
+        if not chosen:
+            raise OptionError(f"no guide family is named: give some of {', '.join(guides.DEFAULT)}")
+        way = registry.find(attach, registry.attachments(), "way to attach").make
+        options = {"encoder": mlp(*self.encoder)} if "encoder" in inspect.signature(way).parameters else {}
+        return guides.attached(chosen, attach, **options)
+
+    def whole(self, seed: int) -> tuple[torch.Tensor, ...]:
+        """All training rows, as the model sees them."""
+        data = self.data
+        return data.train if data.transform is None else data.transform(data.train, torch.Generator().manual_seed(seed))
+
+    def pair(self, guide: Callable[..., Any], seed: int) -> tuple[Any, Any]:
+        """Model and guide at the start that `compare` gives them for this seed."""
+        return _pair(self.make, guide, seed, self.whole(seed))
+
+
+def task(
+    source: Source,
+    *,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    saved: Mapping[str, Any] | None = None,
+) -> Task:
+    """Model and data of these names, checked against each other, with a preset for what is not told.
+
+    Args:
+        saved: encoder and model options of an earlier run, in place of the preset's.
+
+    Raises:
+        DGMError: unknown names, bad data, data outside the support of the model's likelihood, options out of domain.
+    """
+    data = data_of(
+        source.data,
+        data_dir=source.data_dir,
+        split=source.split,
+        target=source.target,
+        seed=source.data_seed,
+        binarize=source.binarize,
+    )
+    chosen = preset(source.model.replace("_", "-").lower(), data.name)
+    options = dict(saved["options"] if saved else chosen.options)
+    make, data = model_of(source.model, data, **({} if is_file(source.model) else options))
+    rows = len(data.train[0])
+    size = check_batch_size(rows, batch_size) if batch_size is not None else min(chosen.batch_size, rows)
+    found = Task(
+        source,
+        make,
+        data,
+        epochs or chosen.epochs,
+        size,
+        chosen.lr if lr is None else lr,
+        tuple(saved["encoder"] if saved else chosen.encoder),
+        options,
+    )
+    adam(found.lr)  # refuses a bad step size now
+    with preserved_rng(0):
+        check_observed(make(), found.whole(0), ("data",))
+    return found
+
+
+@contextmanager
+def results_folder(out: Path | None, name: str, mark: str) -> Iterator[Path]:
+    """A folder that can be written to, made before anything is trained; removed where nothing was written.
+
+    Raises:
+        OptionError: it cannot be written to, or holds results already.
+    """
+    folder = out if out is not None else Path("dgm-runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    while out is None and folder.exists():  # two runs in one second
+        folder = folder.with_name(folder.name + "-2")
+    if (folder / mark).exists():
+        raise OptionError(f"{folder} holds results already ({mark}): give another folder by --out, or remove it")
+    existed = folder.exists()
+    writable(folder)
+    try:
+        yield folder
+    finally:
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def run_compare(
+    source: Source,
+    *,
+    guides: tuple[str, ...] | None,
+    attach: str,
+    seeds: int | None,
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    search_lr: bool,
+    samples: int | None,
+    jobs: int | None,
+    out: Path | None,
+    smoke: bool,
+) -> int:
+    """Train and evaluate several guides, print the ranked table, write rows, plots and page; returns the exit code."""
+    small = SMOKE if smoke else {}
+    job = task(source, epochs=epochs or small.get("epochs"), batch_size=batch_size, lr=lr)
+    chosen = job.guides(small.get("guides") if guides is None else guides, attach)
+    seeds, samples = seeds or small.get("seeds", 3), samples or small.get("samples", 1000)
+    runs = len(chosen) * seeds
+    jobs = min(jobs or small.get("jobs") or joblib.cpu_count(), runs)
+    with results_folder(out, job.name, "rows.parquet") as folder:
+        data = job.data
+        print(
+            f"{program_name(_program(job))} on {data.name}: {len(data.train[0])} train, {len(data.test[0])} test rows; "
+            f"{plural(len(chosen), 'guide')} x {plural(seeds, 'seed')} = {plural(runs, 'run')} "
+            f"of {plural(job.epochs, 'epoch')}, K = {samples}, {plural(jobs, 'process', 'processes')}",
+            flush=True,
+        )
+        result = compare(
+            job.make,
+            chosen,
+            data,
+            seeds=seeds,
+            epochs=job.epochs,
+            batch_size=job.batch_size,
+            lr=job.lr,
+            search_lr=search_lr,
+            num_samples=samples,
+            jobs=jobs,
+            progress=True,
+        )
+        print(f"\n{result}\n")
+        page = saved(lambda: result.save(folder), folder)
+    print(f"rows: {folder / 'rows.parquet'}    page: {page}")
+    if result.meta.get("interrupted"):
+        print(f"interrupted: {len(result.rows)} of {runs} runs were finished, and are written", file=sys.stderr)
+        return INTERRUPTED
+    return OK if (result.rows["status"] == "ok").all() else SOME_FAILED
+
+
+def run_list(what: str) -> int:
+    """One line for each model, guide and data set."""
+    sections: dict[str, dict[str, dict[str, str]]] = {
+        "models": {"models": _summaries(registry.models())},
+        "guides": {
+            "guide families": _summaries(registry.families()),
+            "ways to attach": _summaries(registry.attachments()),
+        },
+        "data": {"data sets": names()},
+    }
+    if what not in ("all", *sections):
+        raise OptionError(f"list {what!r}: expected models, guides or data")
+    if what != "data":
+        broken = {item.name: f"cannot be imported: {item.error} ({item.source})" for item in registry.broken()}
+        sections.setdefault("broken", {"broken": broken} if broken else {})
+    parts = []
+    for key, tables in sections.items():
+        for title, lines in tables.items() if what in ("all", key) or key == "broken" else ():
+            width = max(map(len, lines), default=0)
+            parts.append("\n".join([f"{title}:", *(f"  {name.ljust(width)}  {text}" for name, text in lines.items())]))
+    print("\n\n".join(parts))
+    return OK
+
+
+def run_inspect(source: Source, *, guides: tuple[str, ...] | None, attach: str) -> int:
+    """What a model is made of: latents, observed sites, plates, and how many parameters it and its guides have."""
+    job = task(source)
+    chosen = job.guides(guides, attach)
+    batch = job.whole(0)
+    with preserved_rng(0):
+        model = job.make()
+    found = latents(model, *batch)
+    print(f"{program_name(model)} on {job.data}\n\nlatents\n{_indented(repr(found))}\n\nobserved")
+    for name, node in found.observed.items():
+        fn = node["fn"]
+        base = fn
+        while hasattr(base, "base_dist"):
+            base = base.base_dist
+        print(f"  {name}  {tuple(node['value'].shape)}  {type(base).__name__}")
+    print(
+        "\nplates\n" + _indented("\n".join(f"{name}  {frame.size}" for name, frame in found.plates.items()) or "none")
+    )
+    print("\nparameters")
+    lines = {f"model {program_name(model)}": _parameters(model)}
+    for name, make in chosen.items():
+        lines[f"guide {name}"] = _parameters(job.pair(make, 0)[1])
+    width = max(map(len, lines))
+    print("\n".join(f"  {name.ljust(width)}  {number:>10,}" for name, number in lines.items()))
+    return OK
+
+
+# ---------------------------------------------------------------------------------------------------- details
+
+
+def _program(job: Task) -> Any:
+    with preserved_rng(0):
+        return job.make()
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def _parameters(program: Any) -> int:
+    home = owner(program)
+    return sum(p.numel() for p in home.parameters() if p.requires_grad) if isinstance(home, nn.Module) else 0
+
+
+def _summaries(entries: Mapping[str, registry.Entry]) -> dict[str, str]:
+    own = {name: e.summary + ("" if e.source == "dgm" else f" ({e.source})") for name, e in entries.items()}
+    return dict(sorted(own.items()))
+
+
+def saved(write: Callable[[], Path], folder: Path) -> Path:
+    try:
+        return write()
+    except OSError as error:  # a full disk, say
+        raise OptionError(f"cannot write to {folder}: {error.strerror or error}") from error

@@ -1,0 +1,155 @@
+"""`dgm train`, `evaluate` and `sample`: one pair, trained, kept in a folder, and taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .commands import INTERRUPTED, OK, SOME_FAILED, Source, Task, plural, results_folder, saved, task
+from .draws import write_draws
+from .errors import DataError, OptionError, TrainingError
+from .evaluate import evaluate
+from .files import Dataset
+from .fit import Fit, Interrupted, checked_seed, fit
+from .programs import program_name
+from .resolve import DATA_ENDINGS, is_file
+from .store_run import RECIPE, Run, load_run, save_run
+
+
+def run_train(
+    source: Source,
+    *,
+    guide: str,
+    attach: str,
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    seed: int,
+    out: Path | None,
+) -> int:
+    """Train one pair and write it to a folder."""
+    job = task(source, epochs=epochs, batch_size=batch_size, lr=lr)
+    make = job.guides([guide], attach)[guide]
+    checked_seed(seed)
+    with results_folder(out, f"{job.name}-{guide}", RECIPE) as folder:
+        model, attached = job.pair(make, seed)
+        print(f"{program_name(model)} on {job.data.name} with {guide}: {plural(job.epochs, 'epoch')}", flush=True)
+        result, code = _fitted(job, model, attached, seed)
+        saved(lambda: save_run(folder, _spec(job, guide, attach, seed), result), folder)
+    last = result.history.iloc[-1:]
+    if len(last):
+        print(last.dropna(axis=1).to_string(index=False, float_format="{:.6g}".format))
+    print(f"run: {folder}    stopped: {result.stopped}")
+    return code
+
+
+def _fitted(job: Task, model: Any, guide: Any, seed: int) -> tuple[Fit, int]:
+    """What training comes to, also where it is cut short: the last good parameters are worth keeping."""
+    try:
+        bar = sys.stderr.isatty()
+        return fit(
+            model,
+            guide,
+            job.data.train,
+            epochs=job.epochs,
+            batch_size=job.batch_size,
+            lr=job.lr,
+            seed=seed,
+            transform=job.data.transform,
+            progress=bar,
+        ), OK
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.fit, SOME_FAILED  # type: ignore[attr-defined]
+    except Interrupted as interrupted:
+        print("interrupted: what was trained is written", file=sys.stderr)
+        return interrupted.args[0], INTERRUPTED
+
+
+def run_evaluate(folder: Path, *, model: str | None, data: str | None, data_dir: str | None, samples: int) -> int:
+    """Evaluate a trained pair on the held-out rows."""
+    job, run, pair = _restored(folder, model, data, data_dir)
+    print(f"{program_name(pair[0])} on {job.data.name} with {run.spec['guide']}, {len(job.data.test[0])} held-out rows")
+    print(evaluate(*pair, job.data.test, num_samples=samples, y_std=job.data.y_std, seed=run.spec["seed"]))
+    return OK
+
+
+def run_sample(
+    folder: Path,
+    *,
+    model: str | None,
+    data: str | None,
+    data_dir: str | None,
+    n: int,
+    seed: int,
+    mean: bool,
+    out: Path | None,
+) -> int:
+    """Write draws from a trained pair."""
+    job, _, pair = _restored(folder, model, data, data_dir)
+    print(f"samples: {write_draws(*pair, job.data, out, folder, n=n, seed=seed, mean=mean)}")
+    return OK
+
+
+def _spec(job: Task, guide: str, attach: str, seed: int) -> dict[str, Any]:
+    """How a run is made again, as plain JSON."""
+    source = asdict(job.source)
+    source["data_dir"] = os.path.abspath(source["data_dir"]) if source["data_dir"] else None
+    if Path(source["data"]).suffix.lower() in DATA_ENDINGS:
+        source["data"] = os.path.abspath(source["data"])
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in job.options.items()}
+    return {
+        "source": source,
+        "guide": guide,
+        "attach": attach,
+        "seed": seed,
+        "encoder": list(job.encoder),
+        "options": options,
+        "rows": _digest(job.data),
+    }
+
+
+def _digest(data: Dataset) -> str:
+    """A fingerprint of training and test rows."""
+    digest = hashlib.sha256()
+    for tensor in (*data.train, *data.test):
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _restored(
+    folder: Path, model: str | None, data: str | None, data_dir: str | None
+) -> tuple[Task, Run, tuple[Any, Any]]:
+    """The task and the trained pair of a run.
+
+    Raises:
+        OptionError: the run's model is in a file, which only the command line may name: a folder from elsewhere must
+            not make code run. DataError: the run is damaged, or its data are not those that it was trained on.
+    """
+    run = load_run(folder)
+    try:
+        spec = run.spec
+        source = Source(**spec["source"])
+        guide, attach, seed, rows = spec["guide"], spec["attach"], spec["seed"], spec["rows"]
+        kept = {"encoder": spec["encoder"], "options": spec["options"]}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / RECIPE} is damaged: {type(error).__name__}: {error}") from error
+    if is_file(source.model) and model is None:
+        raise OptionError(
+            f"this run's model is in a file: give it by --model {source.model} if you trust it; a run's folder alone "
+            "makes no code run"
+        )
+    given = {"model": model, "data": data, "data_dir": data_dir}
+    job = task(Source(**{**asdict(source), **{k: v for k, v in given.items() if v is not None}}), saved=kept)
+    if _digest(job.data) != rows:
+        raise DataError(
+            f"the rows of {job.source.data!r} are not those that the run in {folder} was trained and tested on: "
+            "give the file as it was by --data"
+        )
+    fresh, attached = job.pair(job.guides([guide], attach)[guide], seed)
+    return job, run, run.restore(fresh, attached, *job.whole(seed))

@@ -1,0 +1,137 @@
+"""One trained pair on disk: weights as safetensors, everything else as JSON and CSV, nothing that runs code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import __version__
+from .errors import DataError, ModelError
+from .fit import Fit
+from .pair import Pair
+from .programs import Program, owner, preserved_rng
+from .provenance import provenance
+from .store import writable, write_whole
+
+FORMAT = 1
+RECIPE, WEIGHTS, HISTORY = "run.json", "weights.safetensors", "history.csv"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `save_run` wrote.
+
+    Attributes:
+        spec: how model, data and guide are made again, as it was given to `save_run`.
+        weights: state of the model ("model.<name>") and of the guide ("guide.<name>").
+        about: steps, evaluations, seconds, why training stopped, versions and command.
+        history: the training curve, as in `Fit`.
+    """
+
+    folder: Path
+    spec: dict[str, Any]
+    weights: dict[str, Tensor]
+    about: dict[str, Any]
+    history: pd.DataFrame
+
+    def restore(self, model: Program, guide: Program, *batch: Any) -> tuple[Program, Program]:
+        """The pair with the weights of the run; `batch` is what the pair was made with.
+
+        Raises:
+            ModelError: the weights do not fit: the model is not the one that was trained.
+        """
+        pair = Pair(model, guide)
+        pair.check(batch)  # creates the parameters that Pyro makes lazily
+        for role, program in (("model", pair.model), ("guide", pair.guide)):
+            _load(role, owner(program), self.weights, self.folder)
+        return pair.model, pair.guide
+
+
+def save_run(folder: str | os.PathLike[str], spec: Mapping[str, Any], fit: Fit) -> Path:
+    """Write a trained pair; each file appears whole or not at all, `run.json` last.
+
+    Args:
+        folder: where to; made if need be.
+        spec: whatever is needed to make model, data and guide again; must be plain JSON.
+        fit: the trained pair.
+
+    Raises:
+        OptionError: the folder cannot be written to.
+    """
+    folder = writable(Path(folder))
+    weights: dict[str, Tensor] = {}
+    for role, program in (("model", fit.model), ("guide", fit.guide)):
+        module = owner(program)
+        state = module.state_dict() if module is not None else {}
+        weights.update({f"{role}.{name}": value.detach().cpu().contiguous().clone() for name, value in state.items()})
+    about = {
+        "steps": fit.steps,
+        "evaluations": fit.evaluations,
+        "seconds": fit.seconds,
+        "stopped": fit.stopped,
+        "seed": fit.seed,
+        **provenance(),
+    }
+    content = {"format": FORMAT, "dgm": __version__, "spec": dict(spec), "about": about}
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    write_whole(folder / WEIGHTS, lambda part: save_file(weights, part))
+    write_whole(folder / HISTORY, lambda part: fit.history.to_csv(part, index=False))
+    write_whole(folder / RECIPE, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+    return folder
+
+
+def load_run(folder: str | os.PathLike[str]) -> Run:
+    """Read what `save_run` wrote; nothing in the folder is ever run.
+
+    Raises:
+        DataError: no run there, a file that is missing or damaged, or a run of a newer dgm.
+    """
+    folder = Path(folder)
+    path = folder / RECIPE
+    if not path.is_file():
+        raise DataError(
+            f"no trained pair in {os.fspath(folder)!r} (no {RECIPE}): make one by `dgm train --out {folder}`"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        number, spec, about = int(content["format"]), dict(content["spec"]), dict(content["about"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if number > FORMAT:
+        raise DataError(
+            f"{path} was written by dgm {content.get('dgm')}, this is {__version__}: use that version or newer"
+        )
+    try:
+        weights = load_file(folder / WEIGHTS)
+        history = pd.read_csv(folder / HISTORY)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"a file of the run {os.fspath(folder)!r} is missing or damaged: {error}") from error
+    return Run(folder, spec, weights, about, history)
+
+
+def _load(role: str, module: nn.Module | None, weights: Mapping[str, Tensor], folder: Path) -> None:
+    stored = {name.removeprefix(f"{role}."): value for name, value in weights.items() if name.startswith(f"{role}.")}
+    present = module.state_dict() if module is not None else {}
+    for name in [*stored, *present]:
+        a, b = (tuple(state[name].shape) if name in state else "missing" for state in (stored, present))
+        if a != b:
+            raise ModelError(
+                f"the weights in {folder} are not of this {role}: {name!r} is {a} there and {b} here; was the model "
+                "changed since it was trained?"
+            )
+    if module is not None:
+        with preserved_rng(), torch.no_grad():
+            module.load_state_dict(stored)
+
+
+__all__ = ["Run", "load_run", "save_run"]

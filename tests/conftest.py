@@ -1,0 +1,50 @@
+"""Shared by every test: one thread, and no test may leave global state changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+from torch.distributions import Distribution
+
+import dgm.guides.flow  # noqa: F401  (imports zuko, which switches argument validation off, and switches it on again)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _global_state() -> dict[str, object]:
+    return {
+        "Pyro's parameter store": sorted(pyro.get_param_store().keys()),
+        "Pyro's settings": dict(pyro.settings.get()),
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's argument validation": Distribution._validate_args,
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def unpolluted() -> Iterator[None]:
+    """Fail the test that leaves parameters, settings or flags behind, and clean up for the next one."""
+    before = _global_state()
+    yield
+    after = _global_state()
+    pyro.clear_param_store()
+    for name, value in before["Pyro's settings"].items():  # type: ignore[attr-defined]
+        if pyro.settings.get(name) != value:
+            pyro.settings.set(**{name: value})
+    torch.set_default_dtype(before["torch's default dtype"])  # type: ignore[arg-type]
+    Distribution.set_default_validate_args(bool(before["torch's argument validation"]))
+    torch.set_grad_enabled(bool(before["torch's gradient mode"]))
+    torch.use_deterministic_algorithms(bool(before["torch's deterministic mode"]))
+    for what, was in before.items():
+        assert after[what] == was, f"the test changed {what}: {was} became {after[what]}"

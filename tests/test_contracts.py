@@ -1,0 +1,319 @@
+"""The public contracts over the whole zoo, Pyro's autoguides and guides written by hand; and mutants that must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from torch import Tensor, nn
+
+from dgm.errors import GuideError
+from dgm.guides.diagonal_normal import DiagonalNormal
+from dgm.guides.encoders import linear, mlp
+from dgm.guides.free import Free
+from dgm.guides.full_normal import FullNormal
+from dgm.guides.inverse_autoregressive_flow import InverseAutoregressiveFlow
+from dgm.guides.joint import Joint
+from dgm.models import bayesian_linear_regression, bnn, linear_vae, vae
+from dgm.programs import preserved_rng
+from dgm.registry import broken, families, models
+from dgm.testing import ContractError, check_exact, check_family, check_model, check_pair
+
+MODELS, FAMILIES = models(), families()
+LOCAL = ["deep-latent-gaussian", "linear-vae", "vae"]
+
+
+def example(name: str) -> tuple[Any, tuple[Tensor, ...]]:
+    return MODELS[name].module.example()
+
+
+def evidence(model: Any, batch: tuple[Tensor, ...]) -> Tensor | None:
+    return model.log_evidence(*batch).detach() if hasattr(model, "log_evidence") else None
+
+
+# --- the zoo ---------------------------------------------------------------------------------------------------------
+
+
+def test_everything_in_the_zoo_can_be_imported() -> None:
+    assert broken() == []
+    assert set(LOCAL) <= set(MODELS) and "diagonal-normal" in FAMILIES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str) -> None:
+    check_family(FAMILIES[name].make, features=(1, 2, 4))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str) -> None:
+    model, batch = example(name)
+    assert len(check_model(model, *batch)) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_pair(name: str, family: str) -> None:
+    model, batch = example(name)
+    with preserved_rng(0):
+        guide = Joint(model, *batch, family=FAMILIES[family].make, encoder=mlp(16))
+    traced = "flow" not in family or (name == "linear-vae" and "spline" not in family)  # long graphs: traced once
+    check_pair(model, guide, *batch, compile="trace" if traced else False, log_evidence=evidence(model, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "flow" in name])
+@pytest.mark.parametrize("name", MODELS)
+def test_traced_flow(name: str, family: str) -> None:
+    model, batch = example(name)
+    with preserved_rng(0):
+        guide = Joint(model, *batch, family=FAMILIES[family].make, encoder=mlp(16))
+    check_pair(model, guide, *batch, log_evidence=evidence(model, batch))
+
+
+@pytest.mark.parametrize("family", [DiagonalNormal, FullNormal, partial(InverseAutoregressiveFlow, hidden=(8,))])
+@pytest.mark.parametrize("name", LOCAL)
+def test_free_pair(name: str, family: Callable[..., nn.Module]) -> None:
+    model, batch = example(name)
+    with preserved_rng(0):
+        guide = Free(model, *batch, family=family)
+    check_pair(model, guide, *batch, compile=False, log_evidence=evidence(model, batch))
+
+
+def test_free_pair_traced() -> None:
+    model, batch = example("linear-vae")
+    check_pair(model, Free(model, *batch, family=FullNormal), *batch, log_evidence=evidence(model, batch))
+
+
+# --- Pyro's autoguides, and guides written by hand --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal, AutoDelta])
+@pytest.mark.parametrize("module", [bnn, bayesian_linear_regression])
+def test_autoguide(module: Any, guide: Any) -> None:
+    model, batch = module.example()
+    check_pair(model, guide(model), *batch, log_evidence=evidence(model, batch))
+
+
+def hand_written(encoder: nn.Module) -> Callable[..., None]:
+    """A guide as Pyro's tutorials write it: a function, `pyro.module` and `pyro.param`."""
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        scale = pyro.param("scale", torch.tensor([0.5, 0.7]), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), scale).to_event(1))
+
+    return guide
+
+
+def test_function_guide() -> None:
+    model, (x,) = linear_vae.example()
+    with preserved_rng(0):
+        encoder = nn.Linear(5, 2)
+    check_pair(model, hand_written(encoder), x, log_evidence=evidence(model, (x,)))
+
+
+class Classic(nn.Module):
+    """The VAE of Pyro's first tutorial: model and guide are methods of one plain module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        loc, log_scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def test_methods_of_one_module() -> None:
+    with preserved_rng(0):
+        both, x = Classic(), torch.randint(2, (20, 6)).float()
+    check_pair(both.model, both.guide, x)
+
+
+class PlainGuide(nn.Module):
+    """A torch module that knows nothing of Pyro's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.log_scale = nn.Linear(5, 2), nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc(x), self.log_scale.exp()).to_event(1))
+
+
+def test_plain_torch_guide() -> None:
+    model, (x,) = linear_vae.example()
+    check_pair(model, PlainGuide(), x, log_evidence=evidence(model, (x,)))
+
+
+class Coins(PyroModule):
+    """PyroSample and PyroParam attributes, one positive and one interval latent, and a guide of Gamma draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = PyroSample(dist.Gamma(2.0, 1.0))
+
+    def forward(self, x: Tensor) -> None:
+        rate = self.rate
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+class GammaGuide(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape = PyroParam(torch.tensor(2.0), dist.constraints.positive)
+        self.scale = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        pyro.sample("rate", dist.Gamma(self.shape, self.scale))
+
+
+def test_draws_that_depend_on_parameters_stay_eager_and_equal() -> None:
+    x = torch.tensor([1.0, 0.0, 3.0, 2.0])
+    check_model(Coins(), x)
+    n, total = torch.tensor(float(len(x))), x.sum()
+    exact = torch.lgamma(2 + total) - (2 + total) * torch.log(1 + n) - torch.lgamma(x + 1).sum()
+    check_pair(Coins(), GammaGuide(), x, log_evidence=exact)
+
+
+# --- mutants: what a contract must see -------------------------------------------------------------------------------
+
+
+class WrongDeterminant(DiagonalNormal):
+    """Draws with twice the spread that log_prob says."""
+
+    def forward(self, context: Tensor | None = None) -> Any:
+        q = super().forward(context)
+
+        class Wide(type(q)):  # type: ignore[misc]
+            def rsample(self, *shape: Any) -> Tensor:
+                return self.mean + 2 * (super().rsample(*shape) - self.mean)
+
+        q.__class__ = Wide
+        return q
+
+
+class Halved(DiagonalNormal):
+    """A density that integrates to one half."""
+
+    def forward(self, context: Tensor | None = None) -> Any:
+        q = super().forward(context)
+        log_prob = q.log_prob
+        q.log_prob = lambda value: log_prob(value) - 0.7
+        return q
+
+
+class Idle(DiagonalNormal):
+    """Holds a parameter that does nothing."""
+
+    def __init__(self, features: int, context: int = 0) -> None:
+        super().__init__(features, context)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [(WrongDeterminant, "draws do not follow log_prob"), (Halved, "integrates to 0.49"), (Idle, "'spare' receives no")],
+)
+def test_family_contract_sees(family: Callable[..., nn.Module], message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        check_family(family)
+
+
+def test_model_contract_sees_data_outside_a_plate() -> None:
+    def model(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(m, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    with pytest.raises(ContractError, match="observed site 'x' stands in no data plate"):
+        check_model(model, torch.zeros(4))
+
+
+def test_model_contract_sees_rows_that_depend_on_each_other() -> None:
+    def model(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m + x.mean(), 1.0), obs=x)
+
+    with pytest.raises(ContractError, match="mean over batches of the scaled log density"):
+        check_model(model, torch.tensor([0.0, 1.0, 5.0, 7.0]))
+
+
+def test_model_contract_sees_a_scale_applied_by_hand() -> None:
+    def model(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=4 / len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    with pytest.raises(ContractError, match="mean over batches"):
+        check_model(model, torch.tensor([0.0, 1.0, 5.0, 7.0]))
+
+
+def test_pair_contract_names_the_parameter_without_gradient() -> None:
+    model, (x,) = linear_vae.example()
+    guide = PlainGuide()
+    guide.forgotten = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ContractError, match=r"'guide.forgotten' takes no part"):
+        check_pair(model, guide, x, compile=False)
+
+
+def test_pair_contract_sees_a_bound_above_the_evidence() -> None:
+    model, (x,) = linear_vae.example()
+    with pytest.raises(ContractError, match="above the evidence"):
+        check_pair(model, Joint(model, x), x, compile=False, log_evidence=evidence(model, (x,)) - 10)
+
+
+def test_pair_contract_sees_control_flow_that_the_store_would_hide() -> None:
+    calls: list[int] = []
+
+    def guide(x: Tensor) -> None:
+        calls.append(1)
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc + 0.01 * len(calls), 1.0).to_event(1))
+
+    model, (x,) = linear_vae.example()
+    with pytest.raises(ContractError, match=r"negative loss|dgm.SVI gives the loss"):
+        check_pair(model, guide, x, compile=False)
+
+
+def test_exact_contract_names_draw_and_row() -> None:
+    model, x = linear_vae.LinearVAE.simulate(6, 4, 2, dtype=torch.float64)
+    guide = Joint(model, x, encoder=linear()).double()
+    with pytest.raises(ContractError, match=r"draw \d, row \d: the log weight is"):
+        check_exact(model, guide, x, log_evidence=model.log_evidence(x))
+
+
+def test_contracts_leave_the_pair_and_the_random_stream_as_they_came() -> None:
+    model, batch = vae.example()
+    guide = Joint(model, *batch)
+    before = [p.detach().clone() for module in (model, guide) for p in module.parameters()]
+    state = torch.get_rng_state()
+    check_pair(model, guide, *batch, steps=3)
+    assert torch.equal(state, torch.get_rng_state())
+    for was, now in zip(before, [p for module in (model, guide) for p in module.parameters()], strict=True):
+        assert torch.equal(was, now)
+
+
+def test_misfit_is_the_core_s_own_error() -> None:
+    model, batch = vae.example()
+    with pytest.raises(GuideError, match="does not sample the latent 'z'"):
+        check_pair(model, lambda x: None, *batch)
