@@ -6,6 +6,8 @@ Names are imported when they are used, so that `dgm --help` need not wait for to
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -40,6 +42,18 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
-        globals()[name] = value  # a function may have its module's name: the function wins
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'dgm' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """`dgm.fit`, `dgm.evaluate`, `dgm.compare` are the functions, whoever imports the modules of these names first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _WHERE.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from pyro.distributions import Unit
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
+from torch import Tensor, nn
 
 from .data import check_support
-from .errors import ModelError
+from .errors import GuideError, ModelError
 from .pair import Pair
 from .programs import Program, preserved_rng, program_name
 from .sites import Latents, read, trace_once
@@ -30,8 +32,37 @@ def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str]) 
             f"{program_name(model)} observes nothing: give the data to a site (obs=x), or its guide would learn the prior"
         )
     for name, node in found.observed.items():
-        check_support(node["value"], node["fn"], name)
+        if not _is_factor(node["fn"]):
+            check_support(node["value"], node["fn"], name)
     return found
+
+
+def _is_factor(fn: Any) -> bool:
+    """`pyro.factor` observes nothing: a value without entries, under a distribution that only carries the factor."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Unit)
+
+
+def check_autoguide_rows(guide: nn.Module, latents: Latents, sizes: Mapping[str, int]) -> None:
+    """Pyro's autoguides hold parameters for each row of the batch that they saw first, and would reuse them for others.
+
+    Raises:
+        GuideError: such a guide serves a local latent and the data come in minibatches.
+    """
+    for part in guide.modules():
+        trace = getattr(part, "prototype_trace", None)
+        if not isinstance(part, AutoGuide) or isinstance(part, AutoGuideList) or trace is None or part.create_plates:
+            continue
+        for site in latents.local:
+            frame = site.plate_frame
+            full = sizes.get(frame.name, frame.full_size or frame.size)
+            if site.name in trace.nodes and full != frame.size:
+                raise GuideError(
+                    f"latent {site.name!r} is one for each row (plate {frame.name!r}), and {type(part).__name__} holds "
+                    f"parameters for {frame.size} rows of {full}: in minibatches it would reuse them for other rows. "
+                    "Use Amortized or Free for it, or train on all rows at once"
+                )
 
 
 def explain_nonfinite(

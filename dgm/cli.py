@@ -31,6 +31,9 @@ def _option(*names: str, help: str, default: str | None = None, **rest: Any) -> 
 
 
 PRESET = "by model and data"
+FAMILIES = (  # those of dgm.guides.DEFAULT, written out because --help must not import it
+    "diagonal-normal,low-rank-normal,full-normal,inverse-autoregressive-flow,coupling-spline-flow,point"
+)
 Model = Annotated[str, _option("--model", help="A model of `dgm list models`, or path/to/file.py:name of your own.")]
 Data = Annotated[str, _option("--data", help="A data set of `dgm list data`, or a .csv, .npz or .pt file.")]
 DataDir = Annotated[
@@ -44,9 +47,7 @@ Binarize = Annotated[
     _option("--binarize", help="Pixels of images: batch, once, threshold or none.", default="the data set's own"),
 ]
 Attach = Annotated[str, _option("--attach", help="How a family is attached to the model (`dgm list guides`).")]
-Guides = Annotated[
-    str | None, _option("--guides", help="Guide families, comma-separated.", default="dgm.guides.DEFAULT")
-]
+Guides = Annotated[str | None, _option("--guides", help="Guide families, comma-separated.", default=FAMILIES)]
 Epochs = Annotated[int | None, _option("--epochs", min=1, help="Passes over the training rows.", default=PRESET)]
 BatchSize = Annotated[int | None, _option("--batch-size", min=1, help="Rows in a step.", default=PRESET)]
 Rate = Annotated[float | None, _option("--lr", help="Step size of Adam.", default="by model and data: 0.001 or 0.01")]

@@ -108,7 +108,8 @@ class LocalParameters(Messenger):
         if not hasattr(self.home, "pyro_parameters"):
             self.home.add_module("pyro_parameters", nn.ParameterDict())
             self.home.__dict__["pyro_constraints"] = {}
-        self.home.pyro_parameters[key] = nn.Parameter(leaf)
+        held: Any = self.home.pyro_parameters
+        held[key] = nn.Parameter(leaf)
         self.home.__dict__["pyro_constraints"][key] = constraint
         return self._constrained(self.home, key)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .datasets import load, names
 from .errors import DataError, ModelError, OptionError, did_you_mean
 from .files import Dataset, from_file
+from .programs import preserved_rng
 from .registry import find, models
 
 Maker = Callable[[], Any]
@@ -254,7 +255,8 @@ def _imported(file: Path) -> ModuleType:
     sys.modules[unique] = module
     sys.path.insert(0, os.fspath(file.parent))
     try:
-        found.loader.exec_module(module)
+        with preserved_rng(0):  # a file that draws when it is imported gets the same values in every process
+            found.loader.exec_module(module)
     except Exception as error:  # the user's own code may fail in any way
         del sys.modules[unique]
         raise ModelError(f"{file} cannot be imported: {_where(error, os.fspath(file))}") from error

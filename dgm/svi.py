@@ -14,7 +14,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from .checks import check_observed, explain_nonfinite
+from .checks import check_autoguide_rows, check_observed, explain_nonfinite
 from .errors import DataError, GuideError, ModelError, OptionError, TrainingError
 from .graph import Graph, Untraceable
 from .noise import Recorded, recording
@@ -109,6 +109,7 @@ class SVI(pyro.infer.SVI):
             check_observed(self.model, batch, plates)
             latents = self.pair.check(batch, plates)
             self._check_plates(latents)
+            check_autoguide_rows(self.pair.owners, latents, self.sizes)
             self.parameters = self.pair.parameters()
             if not self.parameters:
                 raise GuideError(f"nothing to train: guide {program_name(self.guide)} and its model have 0 parameters")

@@ -7,7 +7,7 @@ parameter that breaks one. They need no test framework: call them from any test.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -19,120 +19,14 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from .bounds import importance_bound
-from .distributions import sample_and_log_prob
 from .pair import Minibatch, NotReparameterised
 from .programs import Program, StartValues, bound, evaluating, isolated, preserved_rng, program_name, with_home
 from .sites import DATA_PLATE, Latents, Site, latents, trace_once
 from .svi import SVI
+from .testing_families import SIGMAS, ContractError, check_family, require
 from .weights import LogWeightSampler, log_weight_terms
 
 __all__ = ["ContractError", "check_exact", "check_family", "check_model", "check_pair"]
-
-SIGMAS = 4.5
-"""Standard errors that a statistic may be off: once in 150 000 for each comparison."""
-
-
-class ContractError(AssertionError):
-    """A law that every model, guide or family must obey is broken."""
-
-
-def _require(holds: Any, message: str) -> None:
-    if not bool(holds):
-        raise ContractError(message)
-
-
-# --- families --------------------------------------------------------------------------------------------------------
-
-
-def check_family(family: Callable[..., nn.Module], *, features: Sequence[int] = (1, 2, 5), context: int = 3) -> None:
-    r"""The laws of a conditional density on R^d.
-
-    Shapes with and without a context; the density that comes with a draw is that of an equal value; it integrates to
-    one and the draws follow it, \int q = E_q[r / q] = 1 for any density r, in one and two dimensions within 4.5
-    standard errors; every parameter receives a gradient.
-
-    Args:
-        family: `family(features, context=c)` makes the module.
-        features: dimensions to try.
-        context: width of the context to try, beside none.
-
-    Raises:
-        ContractError: a law is broken; the message names the family, the case and the parameter.
-
-    >>> from dgm.guides.diagonal_normal import DiagonalNormal
-    >>> check_family(DiagonalNormal)
-    """
-    name = getattr(getattr(family, "func", family), "__name__", type(family).__name__)
-    for size in features:
-        for width in (0, context):
-            with preserved_rng(0):
-                module = _stirred(family(size, context=width).double())
-                where = f"{name}(features={size}, context={width})"
-                _family_shapes(module, size, width, where)
-                _family_gradients(module, width, where)
-                if getattr(module, "has_density", True):
-                    _family_density(module, size, width, where)
-
-
-def _stirred(module: nn.Module) -> nn.Module:
-    """Away from the start, where much is zero by construction."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return module
-
-
-def _family_shapes(module: nn.Module, size: int, width: int, where: str) -> None:
-    for batch in [(4,), (3, 4)] if width else [()]:
-        q = module(torch.randn(*batch, width).double() if width else None)
-        _require(q.has_rsample, f"{where} gives a {type(q).__name__} that has no rsample: no pathwise gradient")
-        for what, got, expected in (("batch", q.batch_shape, batch), ("event", q.event_shape, (size,))):
-            _require(tuple(got) == expected, f"{where} has {what} shape {tuple(got)}, expected {expected}")
-        for draws in ((), (2, 5)):
-            x, log_q = sample_and_log_prob(q, torch.Size(draws))
-            for label, tensor, shape in (("rsample", x, (*draws, *batch, size)), ("log_prob", log_q, (*draws, *batch))):
-                _require(tensor.shape == shape, f"{where}: {label} has shape {tuple(tensor.shape)}, expected {shape}")
-            if getattr(module, "has_density", True):
-                again = q.log_prob(x.detach().clone())
-                off = float((again - log_q).detach().abs().max())
-                _require(off < 1e-6, f"{where}: log_prob of an equal value is {off:.2g} off from that of the draw")
-
-
-def _family_gradients(module: nn.Module, width: int, where: str) -> None:
-    q = module(torch.randn(7, width).double() if width else None)
-    x, log_q = sample_and_log_prob(q, torch.Size((32,)))
-    (x.square().sum(-1) + x.sum(-1).cos() + log_q).mean().backward()
-    for name, parameter in module.named_parameters():
-        gradient = parameter.grad
-        _require(gradient is not None, f"{where}: parameter {name!r} receives no gradient")
-        _require(gradient is not None and gradient.isfinite().all(), f"{where}: the gradient of {name!r} is not finite")
-        # flows of one feature have networks that look at nothing
-        moved = gradient is not None and gradient.abs().sum() > 0
-        _require(moved or q.event_shape[0] == 1, f"{where}: the gradient of {name!r} is zero")
-
-
-@torch.no_grad()
-def _family_density(module: nn.Module, size: int, width: int, where: str, draws: int = 20_000) -> None:
-    if size > 2:
-        return
-    q = module(torch.randn(1, width).double() if width else None)
-    x, log_q = sample_and_log_prob(q, torch.Size((draws,)))
-    loc, scale = x.mean(0), x.std(0)
-    wide = torch.distributions.StudentT(3.0, loc, 1.5 * scale)
-    y = wide.sample((draws,))
-    total = (q.log_prob(y) - wide.log_prob(y).sum(-1)).exp()
-    _require_mean(total, 1.0, f"{where}: the density integrates to")
-    near = torch.distributions.Normal(loc, 0.5 * scale)
-    _require_mean(
-        (near.log_prob(x).sum(-1) - log_q).exp(), 1.0, f"{where}: draws do not follow log_prob, E_q[r / q] is"
-    )
-
-
-def _require_mean(values: Tensor, expected: float, message: str) -> None:
-    mean, error = float(values.mean()), float(values.std() / math.sqrt(values.numel()))
-    told = f"{message} {mean:.5g} ± {error:.2g}, expected {expected:g}"
-    _require(abs(mean - expected) <= SIGMAS * error + 1e-6, told)
-
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
@@ -174,13 +68,13 @@ def _values(trace: poutine.Trace, found: Latents) -> dict[str, Tensor]:
 
 
 def _observed_in_plates(name: str, found: Latents, batch: Sequence[Any], plates: Sequence[str]) -> None:
-    _require(found.observed, f"{name} observes nothing (obs=...)")
+    require(found.observed, f"{name} observes nothing (obs=...)")
     lengths = {len(item) for item in batch if isinstance(item, Tensor) and item.dim()}
     for site, node in found.observed.items():
         frames = [frame for frame in node["cond_indep_stack"] if frame.name in plates]
-        _require(frames, f"{name}: observed site {site!r} stands in no data plate ({', '.join(plates)})")
+        require(frames, f"{name}: observed site {site!r} stands in no data plate ({', '.join(plates)})")
         size = frames[0].size
-        _require(size in lengths, f"{name}: the plate of site {site!r} has {size} rows, the data {lengths}")
+        require(size in lengths, f"{name}: the plate of site {site!r} has {size} rows, the data {lengths}")
 
 
 def _density(model: Program, batch: Sequence[Any], values: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
@@ -222,7 +116,7 @@ def _unbiased_scale(
         float(_density(model, _rows(batch, part), _latent_rows(values, found, part), sizes)) for part in parts
     )
     mean = (first + second) / 2
-    _require(
+    require(
         math.isclose(mean, whole, rel_tol=1e-4, abs_tol=1e-4),
         f"{program_name(model)}: the mean over batches of the scaled log density is {mean:.7g}, that of all rows "
         f"{whole:.7g}: a site inside a data plate depends on other rows, or one outside on their number",
@@ -238,7 +132,7 @@ def _stacked_density(model: Program, batch: Sequence[Any], values: Sequence[dict
         together = torch.func.vmap(lambda value: _density(model, batch, value, {}))(stack)
     except (RuntimeError, NotImplementedError, ValueError):
         return  # it says no, and will be run once for each sample
-    _require(
+    require(
         torch.allclose(together, one_by_one, rtol=1e-4, atol=1e-4, equal_nan=True),
         f"{program_name(model)}: log densities under vmap {together.tolist()}, one by one {one_by_one.tolist()}",
     )
@@ -301,7 +195,7 @@ def check_pair(
                 theirs = run()
             for step, (a, b) in enumerate(zip(mine, theirs, strict=True), 1):
                 told = f"{name}: at step {step} dgm.SVI gives the loss {a:.8g}, {other} {b:.8g}"
-                _require(abs(a - b) <= tolerance * (1 + abs(b)), told)
+                require(abs(a - b) <= tolerance * (1 + abs(b)), told)
 
 
 def _losses(svi: SVI, batch: Sequence[Any], steps: int) -> list[float]:
@@ -351,9 +245,9 @@ def _untouched(name: str) -> Iterator[None]:
     store, settings = set(pyro.get_param_store().keys()), pyro.settings.get()
     yield
     new = sorted(set(pyro.get_param_store().keys()) - store)
-    _require(not new, f"{name}: {', '.join(map(repr, new))} reached Pyro's global parameter store")
+    require(not new, f"{name}: {', '.join(map(repr, new))} reached Pyro's global parameter store")
     changed = sorted(key for key, value in pyro.settings.get().items() if settings.get(key) != value)
-    _require(not changed, f"{name}: the Pyro settings {', '.join(changed)} were changed")
+    require(not changed, f"{name}: the Pyro settings {', '.join(changed)} were changed")
 
 
 def _every_parameter_learns(svi: SVI, batch: Sequence[Any], name: str) -> None:
@@ -364,8 +258,8 @@ def _every_parameter_learns(svi: SVI, batch: Sequence[Any], name: str) -> None:
     parameters = svi.pair.parameters()
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        _require(gradient is not None, f"{name}: parameter {parameter!r} takes no part in the loss")
-        _require(gradient is not None and gradient.abs().sum() > 0, f"{name}: the gradient of {parameter!r} is zero")
+        require(gradient is not None, f"{name}: parameter {parameter!r} takes no part in the loss")
+        require(gradient is not None and gradient.abs().sum() > 0, f"{name}: the gradient of {parameter!r} is zero")
 
 
 def _log_weight_laws(
@@ -378,24 +272,24 @@ def _log_weight_laws(
         terms = log_weight_terms(model, guide, *batch, num_samples=1, seed=seed, plates=plates)
         weight = float(terms.total)
         told = f"{name}: one draw's log weights sum to {weight:.8g}, the negative loss of the same noise is {-loss:.8g}"
-        _require(math.isclose(weight, -loss, rel_tol=1e-4, abs_tol=1e-3), told)
+        require(math.isclose(weight, -loss, rel_tol=1e-4, abs_tol=1e-3), told)
     terms = log_weight_terms(model, guide, *batch, num_samples=draws, seed=3, plates=plates)
     rows = next((svi.latents.plates[p].size for p in plates if p in svi.latents.plates), 0) if svi.latents else 0
     for label, part, shape in (("local", terms.local, (draws, rows)), ("global", terms.global_, (draws,))):
         got = tuple(part.shape)
-        _require(got == shape, f"{name}: the {label} log weights have shape {got}, expected {shape}")
-        _require(part.isfinite().all(), f"{name}: a {label} log weight is not finite")
+        require(got == shape, f"{name}: the {label} log weights have shape {got}, expected {shape}")
+        require(part.isfinite().all(), f"{name}: a {label} log weight is not finite")
     if log_evidence is None or LogWeightSampler(model, guide, *batch, plates=plates).runs.deterministic:
         return  # a point has no density, and its objective is no bound
     weights = terms.total[:, None] if terms.has_global else terms.local
     exact = log_evidence.detach().reshape(-1)
-    _require(len(exact) == weights.shape[1], f"log_evidence has {len(exact)} entries, expected {weights.shape[1]}")
+    require(len(exact) == weights.shape[1], f"log_evidence has {len(exact)} entries, expected {weights.shape[1]}")
     groups = weights.unflatten(0, (10, draws // 10))
     for label, bounds in (("ELBO", groups.mean(1)), ("importance bound", importance_bound(groups.transpose(0, 1)))):
         gap = (bounds - exact).mean(-1)
         mean, error = float(gap.mean()), float(gap.std() / math.sqrt(len(gap)))
         told = f"{name}: the {label} lies {mean:.4g} ± {error:.2g} nats a datum above the evidence"
-        _require(mean <= SIGMAS * error + 1e-4, told)
+        require(mean <= SIGMAS * error + 1e-4, told)
 
 
 def check_exact(
@@ -436,11 +330,11 @@ def check_exact(
         terms = log_weight_terms(model, guide, *batch, num_samples=num_samples, plates=plates)
     weights = terms.total[:, None] if terms.has_global else terms.local
     exact = log_evidence.detach().reshape(-1)
-    _require(len(exact) == weights.shape[1], f"log_evidence has {len(exact)} entries, expected {weights.shape[1]}")
+    require(len(exact) == weights.shape[1], f"log_evidence has {len(exact)} entries, expected {weights.shape[1]}")
     off = (weights - exact).abs()
     draw, row = divmod(int(off.argmax()), off.shape[1])
     where = f"draw {draw}" if terms.has_global else f"draw {draw}, row {row}"
-    _require(
+    require(
         off.max() <= tolerance,
         f"{name}, {where}: the log weight is {float(weights[draw, row]):.10g}, the evidence {float(exact[row]):.10g}",
     )

@@ -399,6 +399,39 @@ def test_modules_that_a_function_calls_are_trained() -> None:
         assert all(not torch.equal(p, q) for p, q in zip(module.parameters(), NormalGuide().parameters(), strict=True))
 
 
+def local_normals(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_autoguides_with_parameters_for_each_row_are_refused_in_minibatches() -> None:
+    """Batches of 8 and 8: Pyro trains the first 8 rows' parameters on all others too, and says nothing."""
+
+    def declared(x: Tensor) -> None:
+        with pyro.plate("data", 16, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    told = "'z' is one for each row .*AutoNormal holds parameters for 8 rows of 16"
+    for model, sizes in ((local_normals, {"data": 16}), (declared, {}), (declared, {"data": 16})):
+        with pytest.raises(GuideError, match=told):
+            SVI(model, AutoNormal(model), ADAM, sizes=sizes).step(data(8))
+    assert math.isfinite(SVI(local_normals, AutoNormal(local_normals), ADAM).step(data(8)))
+
+
+def test_factors_need_no_value() -> None:
+    def model(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.factor("x", -0.5 * (x - m) ** 2 - 0.5 * math.log(2 * math.pi))
+
+    x = data(8)
+    assert point_loss(model, x, sizes={"data": 80}) == pytest.approx(
+        point_loss(normals, x, sizes={"data": 80}), rel=1e-5
+    )
+
+
 def test_a_parameter_shared_by_name() -> None:
     def model(x: Tensor) -> None:
         s = pyro.param("s", torch.tensor(2.0), constraint=dist.constraints.positive)

@@ -1,0 +1,428 @@
+"""The command line, run in this process; what it prints, writes, refuses, and the codes it leaves with."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dgm
+from dgm import cli, commands, datasets, fit, resolve, store_run
+from dgm.commands import Source, task
+from dgm.errors import DataError, ModelError, OptionError
+from dgm.guides import DEFAULT, attached
+from dgm.models.likelihoods import Normal
+from dgm.models.vae import VAE
+
+compare = importlib.import_module("dgm.compare")  # the name alone is the function
+
+OWN = """
+import pyro, torch
+import pyro.distributions as dist
+from pyro.nn import PyroModule
+from torch import nn
+
+class Tides(PyroModule):
+    def __init__(self, features=3):
+        super().__init__()
+        self.decoder = nn.Linear(3, features)
+
+    def forward(self, h):
+        s = pyro.sample("s", dist.LogNormal(-1.0, 0.5))
+        with pyro.plate("data", len(h)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            a = pyro.sample("a", dist.Gamma(2.0, 2.0))
+            mean = self.decoder(torch.cat([z, a[..., None]], -1))
+            pyro.sample("h", dist.Normal(mean, s).to_event(1), obs=h)
+
+class Needs(Tides):
+    def __init__(self, features):
+        super().__init__(features)
+
+def make():
+    return Needs(3)
+
+ready = make()
+
+def program(h):
+    m = pyro.param("m", torch.zeros(3))
+    with pyro.plate("data", len(h)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("h", dist.Normal(m + z[:, None], 1.0).to_event(1), obs=h)
+
+number = 3
+
+def broken():
+    raise RuntimeError("no sea")
+"""
+
+
+def run(*args: object, code: int = 0) -> str:
+    """The output of a command, which must leave with this code and leave nothing in Pyro's store."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in args])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    assert not isinstance(result.exception, Exception), result.exception
+    assert len(list(pyro.get_param_store().keys())) == 0
+    return result.output
+
+
+def refused(*args: object) -> str:
+    output = run(*args, code=2)
+    assert output.startswith("error: ") and "Traceback" not in output
+    return output
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a user: a model in a file, a table, and a damaged table."""
+    monkeypatch.chdir(tmp_path)
+    Path("tides.py").write_text(OWN)
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 3)), columns=["a", "b", "c"])
+    frame.to_csv("tides.csv", index=False)
+    frame.loc[7, "b"] = np.nan
+    frame.to_csv("damaged.csv", index=False)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def test_help_waits_for_nothing() -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from dgm import cli
+commands = "compare train evaluate sample list inspect".split()
+for words in (["--help"], ["--version"], *([command, "--help"] for command in commands)):
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, (words, result.output)
+    print(result.output)
+print("HEAVY", [m for m in ("torch", "pyro", "pandas", "numpy", "matplotlib", "dgm.commands") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "HEAVY []" in done.stdout
+    for words in ("Which guide for my model?", "[default: vae]", "[default: 5000", dgm.__version__):
+        assert words in done.stdout
+
+
+def test_help_names_the_families_that_are_compared() -> None:
+    assert tuple(cli.FAMILIES.split(",")) == DEFAULT
+
+
+def test_functions_win_over_the_modules_of_their_names() -> None:
+    for name in ("fit", "evaluate", "compare"):  # dgm.commands has imported the modules
+        assert getattr(dgm, name) is getattr(importlib.import_module(f"dgm.{name}"), name)
+
+
+def test_list_says_everything_in_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = run("list")
+    for name in ("vae", "bnn", *DEFAULT, "joint", "free", *datasets.names()):
+        assert any(line.split()[:1] == [name] and len(line.split()) > 3 for line in output.splitlines()), name
+    assert "digits" not in run("list", "models") and "vae" not in run("list", "data")
+    assert "expected models" in refused("list", "model")
+    monkeypatch.setattr(
+        commands.registry, "broken", lambda: [commands.registry.Broken("sea", "dgm-sea", "ImportError: x")]
+    )
+    assert "cannot be imported: ImportError: x (dgm-sea)" in run("list", "models")
+
+
+def test_inspect_names_latents_observed_plates_and_parameters() -> None:
+    output = run("inspect", "--guides", "diagonal-normal")
+    for words in (
+        "z  (8,)  real  local",
+        "x  (1437, 64)  Bernoulli",
+        "data  1437",
+        "model VAE",
+        "guide diagonal-normal",
+    ):
+        assert words in output
+    output = run("inspect", "--model", "bnn", "--data", "breast-cancer", "--guides", "point")
+    assert "network.2.weight  (2, 50)   real  global" in output and "y  (455,)  Categorical" in output
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def test_the_smallest_comparison_writes_everything(here: Path) -> None:
+    output = run("compare", "--smoke", "--out", "out")
+    assert output.splitlines()[0].startswith("VAE on digits: 1437 train, 360 test rows; 2 guides x 1 seed = 2 runs")
+    assert "difference to best" in output and "rows: out/rows.parquet" in output and "page: out/report.html" in output
+    rows = pd.read_parquet("out/rows.parquet")
+    assert list(rows["guide"]) == ["diagonal-normal", "full-normal"] and (rows["status"] == "ok").all()
+    assert "<html" in Path("out/report.html").read_text() and {"rows.csv", "k-hat.png"} <= set(os.listdir("out"))
+    assert "holds results already" in refused("compare", "--smoke", "--out", "out")
+
+
+def test_a_model_of_ones_own_with_every_kind_of_latent(here: Path) -> None:
+    families = "diagonal-normal,full-normal,coupling-spline-flow,point"
+    words = ("--model", "tides.py:Tides", "--data", "tides.csv", "--guides", families, "--attach", "joint")
+    output = run("compare", *words, "--seeds", 1, "--epochs", 1, "--samples", 100, "--jobs", 1)
+    assert output.startswith("Tides on tides.csv: 48 train, 12 test rows; 4 guides")
+    (folder,) = Path("dgm-runs").iterdir()
+    assert folder.name.startswith("Tides-tides.csv-")
+    assert (pd.read_csv(folder / "rows.csv")["status"] == "ok").all()
+
+
+@pytest.mark.slow
+def test_workers_need_nothing_of_a_file_but_its_path(here: Path) -> None:
+    words = ("--model", "tides.py:Tides", "--data", "tides.csv", "--guides", "diagonal-normal,full-normal")
+    frames = []
+    for jobs in (1, 2):
+        run("compare", *words, "--seeds", 2, "--epochs", 2, "--samples", 100, "--jobs", jobs, "--out", f"out{jobs}")
+        frames.append(pd.read_parquet(f"out{jobs}/rows.parquet").set_index(["guide", "seed"])["bound"])
+    np.testing.assert_allclose(frames[0], frames[1], rtol=1e-5)
+
+
+def test_makers_can_be_sent_to_a_process_that_never_saw_the_file(here: Path) -> None:
+    make, _ = resolve.model_of(f"{here}/tides.py:Tides", resolve.data_of("tides.csv"))
+    sent = bytes(ForkingPickler.dumps(make))
+    (name,) = [n for n, m in sys.modules.items() if getattr(m, "__file__", None) == f"{here.resolve()}/tides.py"]
+    del sys.modules[name]
+    before = torch.get_rng_state()
+    again = ForkingPickler.loads(sent)
+    assert type(again()).__name__ == "Tides"
+    starts = []
+    for forget in (True, False):  # the file draws when it is imported: that may not move the start of a model
+        if forget:
+            del sys.modules[name]
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            starts.append(again().decoder.weight)
+    assert torch.equal(*starts)
+    torch.set_rng_state(before)
+
+
+def test_a_failed_guide_is_told_and_the_rest_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = compare.fit
+
+    def failing(model: Any, guide: Any, *data: Any, **options: Any) -> Any:
+        if sum(p.numel() for p in guide.parameters()) > 4000:  # the full normal
+            raise RuntimeError("lightning")
+        return real(model, guide, *data, **options)
+
+    monkeypatch.setattr(compare, "fit", failing)
+    words = (
+        "--model",
+        "bnn",
+        "--data",
+        "gap",
+        "--guides",
+        "diagonal-normal,full-normal",
+        "--epochs",
+        1,
+        "--samples",
+        100,
+    )
+    output = run("compare", *words, "--seeds", 1, "--jobs", 1, "--out", "out", code=1)
+    assert "lightning" in output and len(pd.read_csv("out/rows.csv")) == 2
+
+
+def test_an_interrupted_comparison_writes_what_was_finished(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = compare.fit, []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(compare, "fit", interrupted)
+    words = ("compare", "--model", "bnn", "--data", "gap", "--epochs", 1, "--samples", 100, "--jobs", 1)
+    output = run(*words, "--guides", "diagonal-normal,point", "--seeds", 2, "--out", "out", code=130)
+    assert "interrupted: 1 of 4 runs" in output and len(pd.read_csv("out/rows.csv")) == 1
+    monkeypatch.setattr(compare, "fit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert "nothing was finished" in run(*words, "--out", "none", code=130)
+    assert not Path("none").exists()
+
+
+# ------------------------------------------------------------------------------------------- a trained pair
+
+
+def test_train_evaluate_sample(here: Path) -> None:
+    output = run("train", "--epochs", 1, "--guide", "diagonal-normal", "--out", "run")
+    assert (
+        output.startswith("VAE on digits with diagonal-normal: 1 epoch") and "elbo" in output and "run: run" in output
+    )
+    assert "bound on log p(x), K = 100, 360 rows" in run("evaluate", "run", "--samples", 100)
+    run("sample", "run", "--n", 5)
+    assert Path("run/samples.png").read_bytes().startswith(b"\x89PNG")
+    run("sample", "run", "--n", 5, "--out", "new/x.csv", "--pixels")
+    assert set(np.unique(pd.read_csv("new/x.csv"))) == {0, 1} and pd.read_csv("new/x.csv").shape == (5, 64)
+    content = json.loads(Path("run/run.json").read_text())
+    content["format"] = 99
+    Path("run/run.json").write_text(json.dumps(content))
+    assert "use that version or newer" in refused("evaluate", "run")
+
+
+def test_predictions_stand_on_the_scale_of_the_target(here: Path) -> None:
+    run("train", "--model", "bnn", "--data", "diabetes", "--guide", "point", "--epochs", 60, "--out", "run")
+    run("sample", "run", "--n", 3)
+    frame = pd.read_csv("run/samples.csv")
+    assert list(frame) == ["y", "mean", "sd", "draw_1", "draw_2", "draw_3"] and len(frame) == 89
+    assert frame["y"].between(24.9, 346.1).all()
+    assert (frame["y"] - frame["mean"]).abs().mean() < 0.9 * (frame["y"] - frame["y"].mean()).abs().mean()
+
+
+def test_a_file_named_by_a_run_is_not_run(here: Path) -> None:
+    run("train", "--model", "tides.py:program", "--data", "tides.csv", "--epochs", 1, "--out", "run")
+    assert "--model tides.py:program if you trust it" in refused("evaluate", "run")
+    own = ("--model", "tides.py:program")
+    assert "12 rows" in run("evaluate", "run", *own, "--samples", 100)
+    run("sample", "run", *own, "--n", 4)
+    assert list(pd.read_csv("run/samples.csv")) == ["h_0", "h_1", "h_2"] and len(pd.read_csv("run/samples.csv")) == 4
+    assert "holds no images" in refused("sample", "run", *own, "--out", "x.png")
+    assert "not of this" in refused("evaluate", "run", "--model", "tides.py:Tides")
+    frame = pd.read_csv("tides.csv")
+    (frame + 1).to_csv("tides.csv", index=False)
+    assert "not those" in refused("evaluate", "run", *own)
+
+
+@pytest.mark.parametrize("family", DEFAULT)
+@pytest.mark.parametrize("model, data", [("vae", "gap"), ("bnn", "gap")])
+def test_a_pair_comes_back_bit_for_bit(family: str, model: str, data: str, tmp_path: Path) -> None:
+    job = task(Source(model, data), saved={"encoder": [8], "options": {"latent": 2, "hidden": (8,)}})
+    make = job.guides([family], "joint")[family]
+    result = fit(*job.pair(make, 1), job.data.train, steps=3, batch_size=None)
+    before = dgm.evaluate(result.model, result.guide, job.data.test, num_samples=100).per_datum
+    store_run.save_run(tmp_path / "run", {"any": "json"}, result)
+    assert sorted(os.listdir(tmp_path / "run")) == ["history.csv", "run.json", "weights.safetensors"]
+    saved = store_run.load_run(tmp_path / "run")
+    assert saved.spec == {"any": "json"} and len(saved.history) == len(result.history)
+    fresh = job.pair(make, 2)  # another start: nothing of it may be left
+    after = dgm.evaluate(*saved.restore(*fresh, *job.data.train), job.data.test, num_samples=100).per_datum
+    pd.testing.assert_frame_equal(before, after, check_exact=True)
+
+
+def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no run\.json"):
+        store_run.load_run(tmp_path)
+    result = fit(*_pair("diagonal-normal"), torch.zeros(20, 2), steps=1, batch_size=None)
+    store_run.save_run(tmp_path / "run", {}, result)
+    for name, content in (
+        ("run.json", b"{"),
+        ("weights.safetensors", b"cos\nsystem\n(S'touch x'\ntR."),
+        ("history.csv", b""),
+    ):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        (tmp_path / name / name).write_bytes(content)
+        with pytest.raises(DataError, match="damaged"):
+            store_run.load_run(tmp_path / name)
+    with pytest.raises(ModelError, match="was the model changed"):
+        store_run.load_run(tmp_path / "run").restore(*_pair("full-normal"), torch.zeros(20, 2))
+    with pytest.raises(OptionError, match="cannot write"):
+        store_run.save_run(tmp_path / "run" / "run.json" / "sub", {}, result)
+
+
+def _pair(family: str) -> tuple[Any, Any]:
+    model = VAE(2, latent=2, hidden=(4,), likelihood=Normal())
+    return model, attached([family])[family](model, torch.zeros(20, 2))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("--model", "bn"), "unknown model 'bn': did you mean 'bnn'?"),
+        (("--data", "digit"), "did you mean 'digits'?"),
+        (("--guides", "full-norml"), "did you mean 'full-normal'?"),
+        (("--guides", ","), "no guide family is named"),
+        (("--attach", "joit"), "did you mean 'joint'?"),
+        (("--lr", "-1", "--search-lr"), "lr is -1.0"),
+        (("--lr", "nan"), "lr is nan"),
+        (("--batch-size", "5000"), "batch_size=5000 is larger than the data (1437 rows)"),
+        (("--split", "gap"), "split of 'digits' must be"),
+        (("--binarize", "onse"), "did you mean 'once'"),
+        (("--target", "y"), "is for files"),
+        (("--data", "tide.csv"), "did you mean 'tides.csv'"),
+        (("--data", "damaged.csv"), "column 'b' (1) of x has 1 NaN (row 7)"),
+        (("--data", "tides.csv", "--split", "2"), "is for named data"),
+        (("--data", "tides.csv", "--target", "d"), "no column 'd' to predict"),
+        (("--model", "bnn", "--data", "tides.csv"), "'tides.csv' has no y"),
+        (("--model", "tide.py:Tides"), "did you mean 'tides.py'?"),
+        (("--model", "tides.py:Tide"), "did you mean 'Tides'?"),
+        (("--model", "tides.py"), "which object of tides.py?"),
+        (("--model", "tides.py:Needs"), "class Needs needs features"),
+        (("--model", "tides.py:number"), "is of type int"),
+        (("--model", "tides.py:broken"), "RuntimeError: no sea (line "),
+        (("--model", "wrong.py:x"), "SyntaxError"),
+        (("--out", "tides.csv/out"), "cannot write to tides.csv/out"),
+        (("--out", "tides.csv"), "cannot write to tides.csv"),
+    ],
+)
+def test_bad_input_is_an_error_before_training(words: tuple[str, ...], told: str, here: Path) -> None:
+    Path("wrong.py").write_text("x = = 1\n")
+    before = sorted(os.listdir())
+    assert told in refused("compare", *words)
+    assert sorted(set(os.listdir()) - {"__pycache__"}) == before
+
+
+def test_grey_pixels_are_refused_before_training_by_a_model_of_bits(here: Path) -> None:
+    Path("bits.py").write_text("from dgm.models import vae\nmake = lambda: vae.VAE(64, latent=2)\n")
+    assert "binarize='batch'" in refused("compare", "--model", "bits.py:make", "--binarize", "none")
+
+
+@pytest.mark.parametrize(
+    "words", [("--epochs", "0"), ("--jobs", "0"), ("--samples", "99"), ("--seeds", "x"), ("--lrr", "1")]
+)
+def test_bad_usage_is_code_2(words: tuple[str, ...]) -> None:
+    assert "Error" in run("compare", *words, code=2)
+
+
+# --------------------------------------------------------------------------------------------- model and data
+
+
+def test_models_are_made_for_their_data() -> None:
+    make, data = resolve.model_of("vae", datasets.load("digits", binarize="none"), latent=3, hidden=(5,))
+    assert type(make().likelihood).__name__ == "Normal" and make().image_shape == (8, 8)
+    make, _ = resolve.model_of("vae", datasets.load("digits"))
+    assert type(make().likelihood).__name__ == "Bernoulli"
+    make, data = resolve.model_of("bnn", datasets.load("digits"), hidden=(7,))
+    assert data.kind == "classification" and make()(data.test[0])["logits"].shape == (360, 10)
+    _, data = resolve.model_of("vae", datasets.load("diabetes"))
+    assert len(data.train) == len(data.test) == 1 and "left out" in data.note
+    with pytest.raises(OptionError, match="is for zoo models"):
+        resolve.model_of("tides.py:Tides", data, latent=2)
+
+
+def test_a_network_starts_anew_with_each_seed() -> None:
+    make, _ = resolve.model_of("bnn", datasets.load("gap"))
+    starts = []
+    for seed in (0, 0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            starts.append(make().init_values()["network.0.weight"])
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize("name", ["Tides", "make", "ready", "program"])
+def test_what_a_file_may_offer(name: str, here: Path) -> None:
+    make, data = resolve.model_of(f"tides.py:{name}", resolve.data_of("tides.csv"))
+    assert "z" in dgm.latents(make(), *data.train)
+    assert (make() is make()) == (name == "program")
+
+
+def test_a_reader_that_leaves_stops_nothing() -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        os.close(read)
+        lasting = cli._Lasting(stream)
+        for _ in range(3):
+            lasting.write("a line\n")
+            lasting.flush()
+        assert lasting.fileno() == stream.fileno()
