@@ -1,8 +1,8 @@
 """UCI regression by the PBP protocol: a 1 x 50 ReLU network under several guides, RMSE and log-likelihood.
 
 Splits by the published rule, x and y standardised by the training part, scores on the original scale of y, mean and
-standard error over splits. The prior of a weight is N(0, 1/fan-in) and of a bias N(0, 1); the noise scale is latent,
-LogNormal(-1, 1). Training is longer than the 40 epochs of the original protocol, which under-trains variational
+standard error over splits. Weights and biases have the prior N(0, 1); the noise scale is latent, LogNormal(-1, 1). The
+step size, its decay and the number of epochs were chosen on splits 10 and 11, which are not reported. Training is longer than the 40 epochs of the original protocol, which under-trains variational
 inference: rows below say how long. Published rows (40 epochs): PBP and VI, Gal and Ghahramani 2016, Table 1; deep
 ensembles, Lakshminarayanan et al. 2017, Table 1, whose errors are standard deviations.
 
@@ -23,10 +23,10 @@ from torch import nn
 
 import dgm
 from dgm.guides import attached
-from dgm.models.bnn import BNN, fan_in_prior
+from dgm.models.bnn import BNN
 from dgm.provenance import provenance
 
-GUIDES = ("diagonal-normal", "low-rank-normal", "full-normal", "coupling-spline-flow", "point")
+GUIDES = ("diagonal-normal", "low-rank-normal", "inverse-autoregressive-flow", "point")
 
 PUBLISHED = {  # (RMSE, its error), (log-likelihood, its error): read in the papers' tables
     "boston": {
@@ -47,10 +47,12 @@ PUBLISHED = {  # (RMSE, its error), (log-likelihood, its error): read in the pap
 def make_bnn(features: int) -> BNN:
     """One hidden layer of 50 ReLU units."""
     network = nn.Sequential(nn.Linear(features, 50), nn.ReLU(), nn.Linear(50, 1))
-    return BNN(network, prior=fan_in_prior(1.0))
+    return BNN(network)
 
 
-def run_set(name: str, splits: int, names: list[str], epochs: int, batch_size: int, lr: float, jobs: int) -> pd.DataFrame:
+def run_set(
+    name: str, splits: int, names: list[str], epochs: int, batch_size: int, lr: float, jobs: int
+) -> pd.DataFrame:
     """Rows of every guide and split; the seed of a run is its split."""
     frames = []
     for split in range(splits):
@@ -70,7 +72,8 @@ def report(rows: pd.DataFrame) -> str:
     for name, part in rows.groupby("data", sort=False):
         done = part[part["status"] == "ok"].groupby("guide", sort=False)
         for guide, runs in done:
-            cells = [f"{runs[c].mean():.2f} ± {runs[c].sem():.2f}" for c in ("rmse", "log_likelihood")]
+            columns: list[Any] = [runs[c] for c in ("rmse", "log_likelihood")]
+            cells = [f"{column.mean():.2f} ± {column.sem():.2f}" for column in columns]
             lines.append(f"| {name} | {guide} | {cells[0]} | {cells[1]} | dgm, {len(runs)} splits |")
         for method, scores in PUBLISHED.get(str(name), {}).items():
             cells = [f"{value:.2f} ± {error:.2f}" for value, error in scores]
@@ -83,14 +86,15 @@ def main() -> None:
     parser.add_argument("--sets", default="boston,yacht")
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--guides", default=",".join(GUIDES))
-    parser.add_argument("--epochs", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
+    guides = options.guides.split(",")
     frames = [
-        run_set(name, options.splits, options.guides.split(","), options.epochs, options.batch_size, options.lr, options.jobs)
+        run_set(name, options.splits, guides, options.epochs, options.batch_size, options.lr, options.jobs)
         for name in options.sets.split(",")
     ]
     rows = pd.concat(frames, ignore_index=True)

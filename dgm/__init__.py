@@ -27,7 +27,21 @@ _WHERE = {
     "Dataset": "datasets",
 }
 
-__all__ = [*_WHERE, "__version__"]
+__all__ = [
+    "SVI",
+    "Comparison",
+    "Dataset",
+    "Fit",
+    "Packing",
+    "__version__",
+    "compare",
+    "evaluate",
+    "fit",
+    "latents",
+    "load",
+    "log_weight_terms",
+    "log_weights",
+]
 
 if TYPE_CHECKING:
     from .compare import Comparison, compare

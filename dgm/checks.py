@@ -29,7 +29,8 @@ def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str]) 
     found = read(trace, plates)
     if not found.observed:
         raise ModelError(
-            f"{program_name(model)} observes nothing: give the data to a site (obs=x), or its guide would learn the prior"
+            f"{program_name(model)} observes nothing: give the data to a site (obs=x), or its guide would learn the "
+            "prior"
         )
     for name, node in found.observed.items():
         if not _is_factor(node["fn"]):
@@ -79,7 +80,8 @@ def explain_nonfinite(
     if gradients:
         parts.append(f"first parameter whose gradient is not finite: {gradients[0]!r}")
     parts.append(
-        "the parameters are those of the last good step; try a smaller learning rate, clip=10, or look at that site's scale"
+        "the parameters are those of the last good step; try a smaller learning rate, clip=10, or look at that site's "
+        "scale"
     )
     return "; ".join(parts)
 
@@ -101,7 +103,8 @@ def _first_bad_site(pair: Pair, batch: Sequence[Any], rows: Tensor | None) -> st
             for kind, value in values:
                 finite = torch.isfinite(value) if value.is_floating_point() else torch.ones((), dtype=torch.bool)
                 if not bool(finite.all()):
-                    return f"first site that is not finite: {name!r} of the {where} ({kind}{_which_rows(finite, node, rows)})"
+                    which = _which_rows(finite, node, rows)
+                    return f"first site that is not finite: {name!r} of the {where} ({kind}{which})"
     return None
 
 

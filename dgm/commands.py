@@ -22,7 +22,7 @@ from torch import nn
 
 from . import registry
 from .checks import check_observed
-from .compare import _pair, compare
+from .compare import compare, start_pair
 from .data import check_batch_size
 from .datasets import names
 from .errors import OptionError
@@ -56,13 +56,12 @@ class Preset:
 
 ANY = "*"
 PRESETS: dict[tuple[str, str], Preset] = {
-    ("vae", "digits"): Preset(epochs=100, batch_size=100, encoder=(64,), options={"latent": 8, "hidden": (64,)}),
+    ("vae", "digits"): Preset(epochs=100, lr=3e-3, encoder=(128,), options={"latent": 8, "hidden": (128,)}),
     ("vae", ANY): Preset(epochs=50, encoder=(400,), options={"latent": 20, "hidden": (400,)}),
-    ("deep-latent-gaussian", "digits"): Preset(encoder=(64,), options={"latents": (8, 4), "hidden": (64,)}),
+    ("deep-latent-gaussian", "digits"): Preset(lr=3e-3, options={"latents": (8, 4), "hidden": (128,)}),
     ("deep-latent-gaussian", ANY): Preset(epochs=50, encoder=(200,), options={"latents": (20, 20), "hidden": (200,)}),
     ("linear-vae", ANY): Preset(encoder=(64,), options={"latent": 2}),
-    ("bnn", "diabetes"): Preset(epochs=400, lr=1e-2, options={"hidden": (50,)}),
-    ("bnn", ANY): Preset(epochs=200, lr=1e-2, options={"hidden": (50,)}),
+    ("bnn", ANY): Preset(epochs=300, lr=3e-3, options={"hidden": (50,)}),
     ("bayesian-linear-regression", ANY): Preset(epochs=200, lr=1e-2, options={"intercept": True}),
     (ANY, ANY): Preset(),
 }
@@ -140,7 +139,7 @@ class Task:
 
     def pair(self, guide: Callable[..., Any], seed: int) -> tuple[Any, Any]:
         """Model and guide at the start that `compare` gives them for this seed."""
-        return _pair(self.make, guide, seed, self.whole(seed))
+        return start_pair(self.make, guide, seed, self.whole(seed))
 
 
 def task(

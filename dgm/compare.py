@@ -269,7 +269,9 @@ def _run(tasks: list[Any], jobs: int) -> Iterator[Any]:
         yield from joblib.Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator")(tasks)
 
 
-def _pair(make: Callable[[], Any], guide: Callable[..., Any], seed: int, whole: tuple[Tensor, ...]) -> tuple[Any, Any]:
+def start_pair(
+    make: Callable[[], Any], guide: Callable[..., Any], seed: int, whole: tuple[Tensor, ...]
+) -> tuple[Any, Any]:
     """A model and a guide whose starts depend on the seed alone: all guides meet the same model."""
     with preserved_rng(seed):
         model = make()
@@ -282,7 +284,7 @@ def _start(
 ) -> tuple[Any, Any]:
     transform = settings.fit_options.get("transform")
     whole = transform(train, torch.Generator().manual_seed(seed)) if transform is not None else train
-    return _pair(make, guide, seed, whole)
+    return start_pair(make, guide, seed, whole)
 
 
 def _search(
@@ -417,10 +419,12 @@ def _meta(
         "log predictive density of held-out rows" if supervised else "held-out bound on log p(x)"
     )
     notes = [
-        f"every guide: {settings.epochs} epochs of batches of {settings.batch_size or len(train[0])}, the same seeds, data order and noise",
+        f"every guide: {settings.epochs} epochs of batches of {settings.batch_size or len(train[0])}, "
+        "the same seeds, data order and noise",
         "step size "
         + (
-            f"searched among {list(settings.search)} on a fifth of the training rows, {settings.search_epochs} epochs each"
+            f"searched among {list(settings.search)} on a fifth of the training rows, "
+            f"{settings.search_epochs} epochs each"
             if settings.search
             else f"{settings.lr:g} for all"
         ),

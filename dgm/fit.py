@@ -142,7 +142,8 @@ def fit(
         optim: a torch optimiser factory, a torch optimiser or a PyroOptim; default Adam with `lr`.
         lr: step size of the default optimiser.
         loss: a Pyro ELBO, default `Trace_ELBO()`.
-        schedule: factory of a torch learning-rate scheduler; it moves once an epoch, or once a step if `steps` is given.
+        schedule: factory of a torch learning-rate scheduler; it moves once an epoch, or once a step if `steps` is
+            given.
         clip: largest norm of the gradient.
         kl_warmup: epochs (or steps, if `steps` is given) over which the weight of log p(z) - log q(z) rises from 0 to 1
             (Bowman et al., "Generating sentences from a continuous space", 2016).

@@ -111,7 +111,8 @@ class Graph:
                 raise Untraceable(f"buffer {name!r} changes while the program runs (batch normalisation)")
         if not torch.allclose(loss, eager.detach(), rtol=1e-4, atol=1e-4, equal_nan=True):
             raise Untraceable(
-                f"the graph gives {float(loss):.6g} where the program gives {float(eager):.6g}: its control flow depends on values"
+                f"the graph gives {float(loss):.6g} where the program gives {float(eager):.6g}: its control flow "
+                "depends on values"
             )
         scale = max((float(g.abs().max()) for g in expected if g is not None), default=0.0)
         for name, mine, theirs in zip(parameters, gradients, expected, strict=True):

@@ -47,8 +47,8 @@ def make_optimiser(optim: Any, parameters: Mapping[str, Tensor]) -> torch.optim.
         missing = [name for name, p in parameters.items() if id(p) not in held]
         if missing:
             raise GuideError(
-                f"the optimiser does not hold {', '.join(map(repr, missing))} of the pair, which would never be trained: "
-                "give a factory, e.g. partial(torch.optim.Adam, lr=1e-3)"
+                f"the optimiser does not hold {', '.join(map(repr, missing))} of the pair, which would never be "
+                "trained: give a factory, e.g. partial(torch.optim.Adam, lr=1e-3)"
             )
         return optim
     if not callable(optim):
@@ -64,12 +64,13 @@ def _from_pyro(optim: PyroOptim, parameters: Mapping[str, Tensor]) -> torch.opti
         raise OptionError(
             "the PyroOptim clips gradients one parameter at a time: leave clip_args out and give clip=..."
         )
+    constructor: Any = optim.pt_optim_constructor  # Pyro declares an optimiser where it holds the class
     arguments = optim.pt_optim_args
     if isinstance(arguments, dict):
-        return optim.pt_optim_constructor(list(parameters.values()), **arguments)
+        return constructor(list(parameters.values()), **arguments)
     if len(inspect.signature(arguments).parameters) != 1:
         raise OptionError(
             "the PyroOptim's argument function takes two names (deprecated in Pyro): take one, the full name"
         )
     groups = [{"params": [p], **arguments(name.split(".", 1)[-1])} for name, p in parameters.items()]
-    return optim.pt_optim_constructor(groups)
+    return constructor(groups)

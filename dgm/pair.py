@@ -120,7 +120,7 @@ class Pair:
         self.guide, guide_home = with_home(guide)
         self.run_model = bound(self.model, model_home, guide_home)
         self.run_guide = bound(self.guide, guide_home, model_home)
-        self.loss_fn = copy.copy(loss) if loss is not None else Trace_ELBO()
+        self.loss_fn: Any = copy.copy(loss) if loss is not None else Trace_ELBO()
         if getattr(self.loss_fn, "vectorize_particles", False):
             self.loss_fn.max_plate_nesting = math.inf  # guessed anew: another model may have been seen
         self.pathwise = type(self.loss_fn) is Trace_ELBO  # until a site without a pathwise gradient is met

@@ -189,6 +189,7 @@ def read(trace: poutine.Trace, plates: Iterable[str] = (DATA_PLATE,)) -> Latents
     found: list[Site] = []
     observed: dict[str, Mapping[str, Any]] = {}
     frames: dict[str, Any] = {}
+    node: Any  # Pyro's Message leaves every field optional
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
             continue

@@ -53,7 +53,7 @@ def _run_terms(pair: Pair, batch: Sequence[Any], plates: set[str]) -> tuple[Tens
             if node["type"] != "sample":
                 continue
             frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-            frame = next((f for f in frames if f.name in plates), None)
+            frame: Any = next((f for f in frames if f.name in plates), None)
             log_prob = sign * node["log_prob"]
             for f in frames:
                 if f.full_size is not None and f.full_size != f.size:
@@ -141,8 +141,8 @@ def refuse_untrained(pair: Pair, model: Program, guide: Program) -> None:
     for role, given, used in (("model", model, pair.model), ("guide", guide, pair.guide)):
         if used is not given and hasattr(used, "pyro_parameters"):
             raise GuideError(
-                f"the {role} {program_name(given)} is a function with pyro.param statements: here they would have their "
-                f"initial values; give the trained program, fit.{role} or svi.{role}"
+                f"the {role} {program_name(given)} is a function with pyro.param statements: here they would have "
+                f"their initial values; give the trained program, fit.{role} or svi.{role}"
             )
 
 

@@ -124,8 +124,8 @@ class DataPlate:
         ]
         if not places:
             raise GuideError(
-                f"no argument of the batch has the {self.rows} rows of plate {self.name!r}: the guide must see the rows "
-                f'that the model uses; write pyro.plate("{self.name}", len(x)) for an argument x'
+                f"no argument of the batch has the {self.rows} rows of plate {self.name!r}: the guide must see the "
+                f'rows that the model uses; write pyro.plate("{self.name}", len(x)) for an argument x'
             )
         self.place = places[0]
 

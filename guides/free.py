@@ -89,8 +89,8 @@ class Free(PyroModule):
         rows = current_rows()
         if rows is None and count != self.plate.rows:
             raise GuideError(
-                f"Free holds parameters for {self.plate.rows} rows and sees {count} without knowing which: train it with "
-                "dgm.fit, or call step(..., rows=indices)"
+                f"Free holds parameters for {self.plate.rows} rows and sees {count} without knowing which: train it "
+                "with dgm.fit, or call step(..., rows=indices)"
             )
         return rows
 

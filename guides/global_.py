@@ -28,6 +28,7 @@ class Global(PyroModule):
         family: `family(features)` makes a density on R^d: those of `dgm.guides`, or zuko's flows as they stand.
         sites: names of the latents to serve; default all.
         init: constrained start values by site name; otherwise the model's `init_values()`, else the prior's median.
+        init_scale: standard deviation at the start, unconstrained; otherwise the model's `init_scale`, else the family's.
         plates: names of the data plates.
 
     Raises:
@@ -51,6 +52,7 @@ class Global(PyroModule):
         family: Callable[..., torch.nn.Module] = DiagonalNormal,
         sites: Iterable[str] | None = None,
         init: Mapping[str, Tensor] | None = None,
+        init_scale: float | None = None,
         plates: Iterable[str] = (DATA_PLATE,),
     ):
         super().__init__()
@@ -59,15 +61,15 @@ class Global(PyroModule):
         for site in chosen:
             if site.plate is not None:
                 raise GuideError(
-                    f"latent {site.name!r} is one for each row (plate {site.plate!r}), Global has one vector for all: use "
-                    "Amortized or Free for it, or Joint for a model that has both kinds"
+                    f"latent {site.name!r} is one for each row (plate {site.plate!r}), Global has one vector for all: "
+                    "use Amortized or Free for it, or Joint for a model that has both kinds"
                 )
         if not chosen:
             raise GuideError("the model has no global latent: use Amortized or Free for local ones")
         self.packing = Packing(chosen)
         self.family = family(self.packing.size)
         start = self.packing.pack(start_values(model, batch, chosen, init)).reshape(-1)  # (d,)
-        place(self.family, start)
+        place(self.family, start, init_scale if init_scale is not None else getattr(model, "init_scale", None))
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         u = pyro.sample("_global", as_pyro(self.family()), infer={"is_auxiliary": True})  # (*S, d)
@@ -87,8 +89,8 @@ def select(found: Latents, names: Iterable[str] | None) -> list[Any]:
     return chosen
 
 
-def place(family: torch.nn.Module, start: Tensor) -> None:
+def place(family: torch.nn.Module, start: Tensor, scale: float | None = None) -> None:
     """Move a family's start to a point, where it knows how (zuko's flows start at a standard normal)."""
     initialise = getattr(family, "initialise", None)
     if initialise is not None:
-        initialise(start)
+        initialise(start, scale)

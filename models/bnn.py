@@ -83,6 +83,10 @@ class BNN(PyroModule):
     ['loc', 'scale']
     """
 
+    # Where guides start: sharp about the network's own weights. A start of 0.1, wide for 50 units, needs twice the
+    # epochs to leave the noise that it makes (yacht, 1000 epochs, splits 10 and 11: RMSE 2.2 against 1.1).
+    init_scale = 0.02
+
     def __init__(self, network: nn.Module, likelihood: Likelihood | None = None, prior: Prior | float = 1.0) -> None:
         super().__init__()
         self.likelihood = (Normal() if likelihood is None else likelihood).bayesian()
