@@ -28,7 +28,7 @@ class Global(PyroModule):
         family: `family(features)` makes a density on R^d: those of `dgm.guides`, or zuko's flows as they stand.
         sites: names of the latents to serve; default all.
         init: constrained start values by site name; otherwise the model's `init_values()`, else the prior's median.
-        init_scale: standard deviation at the start, unconstrained; otherwise the model's `init_scale`, else the family's.
+        init_scale: standard deviation at the start, unconstrained; else the model's `init_scale`, else the family's.
         plates: names of the data plates.
 
     Raises:
