@@ -443,4 +443,4 @@ def _meta(
         "jobs": jobs,
         "k_threshold": round(k_threshold(min(settings.num_samples, 1000)), 3),
         **provenance(),
-    }
+    } | ({"threads": f"1 in each of {jobs} workers"} if jobs > 1 else {})

@@ -102,7 +102,9 @@ def evaluate(
     has_global, is_point = parts[0][1], parts[0][2]
     notes = []
     if is_point:
-        notes.append("the guide's latents are points: they have no density, so no bound on log p(x) exists")
+        notes.append(
+            "the guide's latents are points: they have no density, so no bound on log p(x) exists, nor is the training curve one"
+        )
     if has_global:
         frame["bound"] -= math.log(y_std) if len(batch) > 1 and batch[-1].is_floating_point() else 0.0
     summary = _summary(frame, num_samples, has_global)
