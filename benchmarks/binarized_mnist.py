@@ -84,13 +84,12 @@ class FullByHand(ByHand):
 class FlowByHand(ByHand):
     """The same with two gated steps of an inverse autoregressive flow: masked networks of 128 hidden units."""
 
-    masks: Tensor
-
     def __init__(self, hidden: int = 128) -> None:
         super().__init__()
-        self.first = nn.ModuleList(nn.Linear(LATENT, hidden) for _ in range(2))
+        self.first = [nn.Linear(LATENT, hidden) for _ in range(2)]
         self.context = nn.ModuleList(nn.Linear(HIDDEN, hidden, bias=False) for _ in range(2))
-        self.last = nn.ModuleList(nn.Linear(hidden, 2 * LATENT) for _ in range(2))
+        self.last = [nn.Linear(hidden, 2 * LATENT) for _ in range(2)]
+        self.masked = nn.ModuleList([*self.first, *self.last])
         degree = torch.arange(hidden) * LATENT // hidden
         for t, order in enumerate((torch.arange(LATENT) + 1, LATENT - torch.arange(LATENT))):
             self.register_buffer(f"in{t}", (degree[:, None] >= order).float())
@@ -99,9 +98,9 @@ class FlowByHand(ByHand):
     def warp(self, eps: Tensor, h: Tensor) -> tuple[Tensor, Tensor | float]:
         u, log_det = eps, torch.zeros(())
         for t in range(2):
-            first, last = self.first[t], self.last[t]
-            inside = F.linear(u, first.weight * getattr(self, f"in{t}"), first.bias) + self.context[t](h)
-            shift, gate = F.linear(inside.relu(), last.weight * getattr(self, f"out{t}"), last.bias).chunk(2, -1)
+            first, last, steps = self.first[t], self.last[t], dict(self.named_buffers())
+            inside = F.linear(u, first.weight * steps[f"in{t}"], first.bias) + self.context[t](h)
+            shift, gate = F.linear(inside.relu(), last.weight * steps[f"out{t}"], last.bias).chunk(2, -1)
             log_gain = F.logsigmoid(gate + 1.5)
             u, log_det = log_gain.exp() * u + shift, log_det + log_gain.sum()
         return u, log_det

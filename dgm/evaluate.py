@@ -103,7 +103,8 @@ def evaluate(
     notes = []
     if is_point:
         notes.append(
-            "the guide's latents are points: they have no density, so no bound on log p(x) exists, nor is the training curve one"
+            "the guide's latents are points: they have no density, so there is no bound on log p(x), and the training "
+            "curve is none either"
         )
     if has_global:
         frame["bound"] -= math.log(y_std) if len(batch) > 1 and batch[-1].is_floating_point() else 0.0
