@@ -67,14 +67,20 @@ def check_autoguide_rows(guide: nn.Module, latents: Latents, sizes: Mapping[str,
 
 
 def explain_nonfinite(
-    pair: Pair, step: int, what: str, gradients: Sequence[str], batch: Sequence[Any], rows: Tensor | None
+    pair: Pair,
+    step: int,
+    what: str,
+    gradients: Sequence[str],
+    batch: Sequence[Any],
+    rows: Tensor | None,
+    state: Tensor,
 ) -> str:
     """The message of training that met a value that is not finite: step, site, rows and parameter."""
     parts = [f"step {step}: {what}"]
     bad = [name for name, p in pair.parameters().items() if not bool(torch.isfinite(p).all())]
     if bad:
         parts.append(f"parameter {bad[0]!r} was not finite before the step")
-    site = _first_bad_site(pair, batch, rows)
+    site = _first_bad_site(pair, batch, rows, state)
     if site is not None:
         parts.append(site)
     if gradients:
@@ -86,8 +92,9 @@ def explain_nonfinite(
     return "; ".join(parts)
 
 
-def _first_bad_site(pair: Pair, batch: Sequence[Any], rows: Tensor | None) -> str | None:
+def _first_bad_site(pair: Pair, batch: Sequence[Any], rows: Tensor | None, state: Tensor) -> str | None:
     with pair.running(rows=rows), preserved_rng(), torch.no_grad():
+        torch.set_rng_state(state)  # the same noise as in the step
         try:
             guide = poutine.trace(pair.run_guide).get_trace(*batch)
             model = poutine.trace(poutine.replay(pair.run_model, trace=guide)).get_trace(*batch)

@@ -275,6 +275,10 @@ class _Run:
         total = self.plan.total(self.source.steps)
         scheduler: Any = None
         epoch = 0
+        if self.held_out is not None and isinstance(self.source, Memory):
+            first = self.source.first()
+            self.svi.prepare(*first, rows=torch.arange(len(first[0]), device=first[0].device))
+            self.held_out.samplers()  # a guide that cannot serve rows it was not trained on says so before the start
         while self.svi.steps < total:
             epoch += 1
             start, cpu = time.perf_counter(), time.process_time()

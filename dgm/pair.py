@@ -226,7 +226,7 @@ class Pair:
             ModelError: the model alone cannot be run, or a discrete latent stands where none can be served.
         """
         plates = set(plates)
-        with self.running(validate=True), preserved_rng(0), preserved_buffers(self.model, self.guide), torch.no_grad():
+        with self.running(), preserved_rng(0), preserved_buffers(self.model, self.guide), torch.no_grad():
             guide_trace = poutine.trace(self.run_guide).get_trace(*batch)
             with StartValues():  # by itself, not at the guide's values: those are what is to be checked
                 model_trace = poutine.trace(self.run_model).get_trace(*batch)

@@ -148,11 +148,12 @@ def init_values(model: Program) -> dict[str, Tensor]:
 
 
 def trace_once(model: Program, *batch: Any, values: Mapping[str, Tensor] | None = None, seed: int = 0) -> poutine.Trace:
-    """The trace of one run, with Pyro's own checks on and everything global left as it was."""
+    """The trace of one run from the prior, with everything global left as it was."""
     if isinstance(model, type):
         raise ModelError(f"model is the class {model.__name__}, expected an object of it: write {model.__name__}(...)")
     program, home = with_home(model)
-    with isolated(), preserved_rng(seed), preserved_buffers(model), torch.no_grad(), StartValues(values):
+    # A draw from a wide prior may overflow where the posterior never goes: the structure is read without validation.
+    with isolated(validate=False), preserved_rng(seed), preserved_buffers(model), torch.no_grad(), StartValues(values):
         try:
             return poutine.trace(bound(program, home)).get_trace(*batch)
         except NotImplementedError as error:

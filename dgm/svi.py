@@ -96,6 +96,7 @@ class SVI(pyro.infer.SVI):
         self._graphs: dict[Any, Graph] = {}
         self._draws: dict[Any, Recorded] = {}
         self._runs: dict[Any, int] = {}
+        self._state = torch.get_rng_state()
         super(pyro.infer.SVI, self).__init__()
 
     def prepare(self, *batch: Any, rows: Tensor | None = None) -> Latents:
@@ -134,6 +135,10 @@ class SVI(pyro.infer.SVI):
                 loss = self.pair.loss(None, batch, sizes=self.sizes, rows=rows, validate=True)
             except NotReparameterised:
                 return
+            except ValueError as error:
+                if "to satisfy the constraint" not in str(error):
+                    raise
+                raise ModelError(_out_of_domain(error)) from error
         known = {id(p) for p in self.parameters.values()}
         for leaf in _leaves(loss):
             if id(leaf) not in known:
@@ -155,6 +160,7 @@ class SVI(pyro.infer.SVI):
             raise OptionError(f"step takes data by position, got the keyword {sorted(kwargs)[0]!r}")
         if self.optimiser is None:
             self.prepare(*batch, rows=rows)
+        self._state = torch.get_rng_state()  # a step that fails is run again with its own noise, to name the site
         try:
             loss, gradients = self._gradients(batch, rows, kl_weight)
         except NotReparameterised:
@@ -227,7 +233,7 @@ class SVI(pyro.infer.SVI):
             n for n, g in zip(self.parameters, gradients, strict=True) if g is not None and not torch.isfinite(g).all()
         ]
         what = f"the loss is {float(loss)}" if not torch.isfinite(loss) else "the gradient is not finite"
-        return explain_nonfinite(self.pair, self.steps + 1, what, names, batch, rows)
+        return explain_nonfinite(self.pair, self.steps + 1, what, names, batch, rows, self._state)
 
     def evaluate_loss(self, *batch: Any, rows: Tensor | None = None, **kwargs: Any) -> float:
         """An estimate of the loss without gradients or update."""
@@ -251,6 +257,17 @@ def _shapes(batch: Sequence[Any], rows: Tensor | None) -> Any:
     except TypeError as error:
         raise DataError(f"a batch holds tensors and hashable values, got one that is neither: {error}") from error
     return key
+
+
+def _out_of_domain(error: ValueError) -> str:
+    """Torch's complaint about a distribution's parameter, with the cause that is likely and the cure."""
+    first, *rest = str(error).splitlines()
+    values = next((line for line in rest if line.startswith("tensor")), "")
+    return (
+        f"at the guide's start a distribution of model or guide gets a parameter outside of its domain: {first} "
+        f"{values}; look for extreme values in the data or in a network's start, or start the guide where the model "
+        "is defined (init=...)"
+    )
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
