@@ -50,7 +50,7 @@ Attach = Annotated[str, _option("--attach", help="How a family is attached to th
 Guides = Annotated[str | None, _option("--guides", help="Guide families, comma-separated.", default=FAMILIES)]
 Epochs = Annotated[int | None, _option("--epochs", min=1, help="Passes over the training rows.", default=PRESET)]
 BatchSize = Annotated[int | None, _option("--batch-size", min=1, help="Rows in a step.", default=PRESET)]
-Rate = Annotated[float | None, _option("--lr", help="Step size of Adam.", default="by model and data: 0.001 or 0.01")]
+Rate = Annotated[float | None, _option("--lr", help="Step size of Adam.", default="by model and data")]
 Folder = Annotated[Path, typer.Argument(help="What `dgm train` wrote.")]
 RunModel = Annotated[
     str | None, _option("--model", help="path/to/file.py:name, where the run's model is your own.", default="the run's")

@@ -9,6 +9,10 @@ from collections.abc import Iterable
 class DGMError(Exception):
     """Base of every error that dgm raises on purpose."""
 
+    def __str__(self) -> str:
+        # Pyro adds the shapes of the sites so far to whatever a program raises; our errors have said what there is to say
+        return super().__str__().split("\nTrace Shapes:")[0]
+
 
 class DataError(DGMError, ValueError):
     """The data cannot be what the model is meant to see: damaged, empty, misshapen or outside the support."""
