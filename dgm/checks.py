@@ -12,7 +12,8 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
 from .data import check_support
-from .errors import GuideError, ModelError
+from .errors import DataError, GuideError, ModelError
+from .heldout import row_chunks
 from .pair import Pair
 from .programs import Program, preserved_rng, program_name
 from .sites import Latents, read, trace_once
@@ -35,6 +36,24 @@ def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str]) 
     for name, node in found.observed.items():
         if not _is_factor(node["fn"]):
             check_support(node["value"], node["fn"], name)
+    return found
+
+
+def check_all_rows(
+    model: Program, data: Sequence[Tensor], plates: Iterable[str], *, whole: bool = False, transform: Any = None
+) -> Latents:
+    """`check_observed` for every row of the data, in chunks of rows; `whole` for a model that takes all rows at once.
+
+    Raises:
+        DataError, ModelError: see `check_observed`.
+    """
+    plates, found = set(plates), None
+    for chunk in row_chunks(data, len(data[0])) if whole else row_chunks(data):
+        seen = chunk if transform is None else transform(chunk, torch.Generator(chunk[0].device).manual_seed(0))
+        latents = check_observed(model, seen, plates)
+        found = found or latents
+    if found is None:
+        raise DataError("the data has no rows")
     return found
 
 
@@ -102,17 +121,20 @@ def _first_bad_site(pair: Pair, batch: Sequence[Any], rows: Tensor | None, state
             model.compute_log_prob()
         except (ValueError, RuntimeError) as error:
             return f"and the program raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    largest = (0.0, "")
     for where, trace in (("guide", guide), ("model", model)):
         for name, node in trace.nodes.items():
             if node["type"] != "sample":
                 continue
+            size = float(torch.as_tensor(node["log_prob"]).abs().sum())
+            largest = max(largest, (size, f"{name!r} of the {where} ({size:.3g} nats)"))
             values: list[tuple[str, Any]] = [("value", node["value"]), ("log-probability", node["log_prob"])]
             for kind, value in values:
                 finite = torch.isfinite(value) if value.is_floating_point() else torch.ones((), dtype=torch.bool)
                 if not bool(finite.all()):
                     which = _which_rows(finite, node, rows)
                     return f"first site that is not finite: {name!r} of the {where} ({kind}{which})"
-    return None
+    return f"every site is finite, the largest is {largest[1]}" if largest[1] else None
 
 
 def _which_rows(finite: Tensor, node: Any, rows: Tensor | None) -> str:

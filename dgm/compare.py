@@ -18,22 +18,28 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .data import as_tensors, split
-from .errors import DGMError, ModelError, OptionError
+from .checks import check_all_rows
+from .data import as_tensors, check_batch_size, split
+from .errors import DGMError, ModelError, OptionError, did_you_mean, without_shapes
 from .evaluate import evaluate, global_khat
 from .files import Dataset
 from .fit import checked_seed, fit
+from .optim import adam
 from .pictures import pictures_of
-from .programs import preserved_rng, program_name
+from .programs import isolated, preserved_rng, program_name
 from .provenance import provenance
 from .psis import k_threshold
 from .ranking import rank
 from .report import write_report
-from .sites import latents
+from .sites import DATA_PLATE
 from .tables import format_table
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 """Step sizes that `search_lr=True` tries."""
+
+
+BATCH_SIZE = 100
+"""Rows in a step unless told; data with fewer come in one batch."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Settings:
     """What every cell of a comparison shares."""
 
     epochs: int = 100
-    batch_size: int | None = 100
+    batch_size: int | None = BATCH_SIZE
     lr: float = 1e-3
     num_samples: int = 1000
     search: tuple[float, ...] = ()
@@ -105,7 +111,7 @@ def compare(
     test: Any = None,
     seeds: int | Sequence[int] = 3,
     epochs: int = 100,
-    batch_size: int | None = 100,
+    batch_size: int | None = BATCH_SIZE,
     lr: float = 1e-3,
     search_lr: bool | Sequence[float] = False,
     num_samples: int = 1000,
@@ -139,7 +145,8 @@ def compare(
         a `Comparison`; a guide that failed is a row whose status is the error.
 
     Raises:
-        DataError, ModelError, OptionError: bad data or options, before anything is trained.
+        DataError, ModelError, OptionError: bad data, model or options, or no guide that can be made, before anything is
+            trained.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal, AutoDelta
@@ -154,7 +161,9 @@ def compare(
     """
     make = maker(model)
     train, held_out, transform, info = _data(data, test)
-    batch_size = min(batch_size, len(train[0])) if batch_size is not None else None
+    if batch_size == BATCH_SIZE:  # nobody asked for it: smaller data come in one batch
+        batch_size = min(batch_size, len(train[0]))
+    _check_options(guides, train, epochs, batch_size, lr, num_samples, jobs, fit_options)
     settings = Settings(
         epochs,
         batch_size,
@@ -164,10 +173,10 @@ def compare(
         max(1, epochs // 5),
         {"transform": transform, **fit_options},
     )
-    chosen = tuple(checked_seed(s) for s in (range(seeds) if isinstance(seeds, int) else seeds))
-    _check(guides, chosen, num_samples, jobs)
-    whole = transform(train, torch.Generator().manual_seed(0)) if transform is not None else train
-    supervised = _is_supervised(make, chosen[0], whole)
+    for rate in settings.search:
+        adam(rate)  # refuses a bad step size now
+    chosen = _seeds(seeds)
+    supervised = _check_model(make, guides, chosen[0], train, held_out, settings)
     work = [(name, guide, seed) for seed in chosen for name, guide in guides.items()]
     rates: dict[str, tuple[float, int]] = {name: (lr, 0) for name in guides}
     started, cells, interrupted = time.perf_counter(), [], False
@@ -208,8 +217,15 @@ def maker(model: Any) -> Callable[[], Any]:
         ]
     except (TypeError, ValueError) as error:
         raise ModelError(f"model is {model!r}, expected a module, or a callable that makes one") from error
-    if not needed:
+    if not needed and (isinstance(model, type) or not inspect.signature(model).parameters):
         return model
+    if not needed:  # a maker with options, or a program whose data have a default: only a call can tell
+        with isolated(), preserved_rng(0):
+            try:
+                made = model()
+            except Exception:
+                made = None
+        return model if callable(made) else lambda: model
     if isinstance(model, type):
         raise ModelError(
             f"{model.__name__} needs {', '.join(needed)}: give an object, or a maker `lambda: {model.__name__}(...)`"
@@ -239,25 +255,73 @@ def _data(data: Any, test: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...],
     return train, held_out, None, {"name": "data", "y_std": 1.0, "image_shape": None, "note": "", "source": ""}
 
 
-def _check(guides: Mapping[str, Any], seeds: Sequence[int], num_samples: int, jobs: int) -> None:
-    if not guides:
-        raise OptionError("guides is empty: give {name: (model, *batch) -> guide}")
+def _check_options(
+    guides: Mapping[str, Any],
+    train: tuple[Tensor, ...],
+    epochs: int,
+    batch_size: int | None,
+    lr: float,
+    num_samples: int,
+    jobs: int,
+    fit_options: Mapping[str, Any],
+) -> None:
+    """Refuse what no run could be made with."""
+    if not isinstance(guides, Mapping) or not guides:
+        raise OptionError(f"guides is {guides!r}, expected {{name: (model, *batch) -> guide}} with one guide or more")
     for name, guide in guides.items():
         if not callable(guide) or isinstance(guide, nn.Module):
             raise OptionError(
                 f"guides[{name!r}] is {type(guide).__name__}, expected a callable (model, *batch) -> guide"
             )
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise OptionError(f"seeds is {list(seeds)}, expected at least one, each once")
-    if num_samples < 100:
-        raise OptionError(f"num_samples is {num_samples}, expected at least 100: k-hat needs a tail to look at")
-    if jobs < 1:
-        raise OptionError(f"jobs is {jobs}, expected at least 1")
+    for name, value, least in (("epochs", epochs, 1), ("num_samples", num_samples, 100), ("jobs", jobs, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            why = ": k-hat needs a tail to look at" if name == "num_samples" else ""
+            raise OptionError(f"{name} is {value!r}, expected a whole number, at least {least}{why}")
+    check_batch_size(len(train[0]), batch_size)
+    adam(lr)  # refuses a bad step size now
+    known = set(inspect.signature(fit).parameters) - {"model", "guide", "data"}
+    for name in fit_options:
+        if name not in known:
+            raise OptionError(f"unknown option {name!r} of compare and fit: {did_you_mean(name, known)}")
 
 
-def _is_supervised(make: Callable[[], Any], seed: int, batch: tuple[Tensor, ...]) -> bool:
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(seeds, bool | str) or not (isinstance(seeds, int) or hasattr(seeds, "__iter__")):
+        raise OptionError(f"seeds is {seeds!r}, expected how many, or a sequence of whole numbers")
+    chosen = tuple(checked_seed(s) for s in (range(seeds) if isinstance(seeds, int) else seeds))
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise OptionError(f"seeds is {list(chosen)}, expected at least one, each once")
+    return chosen
+
+
+def _check_model(
+    make: Callable[[], Any],
+    guides: Mapping[str, Callable[..., Any]],
+    seed: int,
+    train: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...],
+    settings: Settings,
+) -> bool:
+    """Hold model and data against each other, where no guide could help; whether the model has global latents."""
     with preserved_rng(seed):
-        return bool(latents(make(), *batch).global_)
+        model = make()
+        if not callable(model):
+            raise ModelError(f"the maker gave a {type(model).__name__}, expected a model: a module or a function")
+        plates = {DATA_PLATE, *(settings.fit_options.get("sizes") or {})}
+        one_batch = settings.batch_size in (None, len(train[0]))
+        found = check_all_rows(model, train, plates, whole=one_batch, transform=settings.fit_options.get("transform"))
+        check_all_rows(model, held_out, plates)
+    first: Exception | None = None
+    for guide in guides.values():
+        try:
+            _start(make, guide, seed, train, settings)
+            break
+        except Exception as error:  # of one guide: its rows will say so
+            first = first or error
+    else:
+        if isinstance(first, DGMError):
+            raise first  # nothing can be trained
+    return bool(found.global_)
 
 
 def _run(tasks: list[Any], jobs: int) -> Iterator[Any]:
@@ -302,10 +366,8 @@ def _search(
                 epochs=settings.search_epochs,
                 batch_size=_fitting(settings.batch_size, train),
                 lr=lr,
-                validation=0.2,
-                validate_every=settings.search_epochs,
                 seed=seed,
-                **settings.fit_options,
+                **{**settings.fit_options, "validation": 0.2, "validate_every": settings.search_epochs},
             )
         except DGMError:
             continue  # this step size diverges, or the pair is wrong, which the cell itself will say
@@ -350,7 +412,7 @@ def _cell(
             result.model, result.guide, held_out, num_samples=settings.num_samples, y_std=info["y_std"], seed=seed
         )
     except Exception as error:
-        row["status"] = f"{type(error).__name__}: {error}"
+        row["status"] = f"{type(error).__name__}: {without_shapes(str(error))}"
         return empty
     row.update(scores.summary)
     row.update(
@@ -377,7 +439,10 @@ def _count(program: Any) -> int:
 
 def _tell(cell: Cell, done: int, total: int) -> None:
     row = cell.row
-    what = f"{row['bound']:.3f} nats in {row['seconds']:.0f} s" if row["status"] == "ok" else row["status"]
+    what = row["status"]
+    if what == "ok":
+        score = f"{row['bound']:.3f} nats" if math.isfinite(row["bound"]) else "no bound"
+        what = f"{score} in {row['seconds']:.0f} s"
     print(f"[{done}/{total}] {row['guide']}, seed {row['seed']}: {what}", flush=True)
 
 
@@ -411,7 +476,8 @@ def _meta(
     title: str | None,
     jobs: int,
 ) -> dict[str, Any]:
-    model = make()
+    with preserved_rng(seeds[0]):
+        model = make()
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     fixed = isinstance(model, nn.Module) and not parameters
     mode = "fixed model" if fixed else "joint training"

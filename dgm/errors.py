@@ -9,9 +9,8 @@ from collections.abc import Iterable
 class DGMError(Exception):
     """Base of every error that dgm raises on purpose."""
 
-    def __str__(self) -> str:
-        # Pyro adds the shapes of the sites so far to whatever a program raises; our errors have said what there is to say
-        return super().__str__().split("\nTrace Shapes:")[0]
+    def __init__(self, *args: object):
+        super().__init__(*(without_shapes(a) if isinstance(a, str) else a for a in args))
 
 
 class DataError(DGMError, ValueError):
@@ -32,6 +31,16 @@ class OptionError(DGMError, ValueError):
 
 class TrainingError(DGMError, RuntimeError):
     """Training met a value that is not finite; the last good parameters are kept."""
+
+
+def without_shapes(text: str) -> str:
+    """A message without the table of shapes that Pyro's traces append to every error that passes through them.
+
+    >>> without_shapes("too wide\\nTrace Shapes:\\n Param Sites:")
+    'too wide'
+    """
+    head, found, _ = text.partition("Trace Shapes:")
+    return head.rstrip() if found else text
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

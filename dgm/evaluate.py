@@ -13,11 +13,12 @@ from pyro import poutine
 from torch import Tensor
 
 from .bounds import LogWeightSummary, mean_and_standard_error
+from .checks import check_observed
 from .data import as_tensors
 from .errors import OptionError
 from .heldout import row_chunks
 from .metrics import CategoricalPrediction, GaussianPrediction
-from .pair import Pair
+from .pair import Pair, chunk_of
 from .programs import Program, preserved_rng
 from .psis import k_threshold, pareto_k
 from .sites import DATA_PLATE
@@ -77,7 +78,7 @@ def evaluate(
         plates: names of the data plates.
 
     Raises:
-        DataError: the data is damaged.
+        DataError: the data is damaged, or outside the support of its likelihood.
         GuideError: the guide does not fit, or holds parameters for other rows.
         OptionError: num_samples < 1, or y_std not positive.
 
@@ -95,9 +96,16 @@ def evaluate(
     """
     if not y_std > 0:
         raise OptionError(f"y_std is {y_std!r}, expected the positive standard deviation of y on its original scale")
+    plates = set(plates)
     batch = as_tensors(data[0] if len(data) == 1 else tuple(data), dtype=_dtype(data))
     with preserved_rng(seed):
-        parts = [_weights(model, guide, chunk, num_samples, plates) for chunk in row_chunks(batch)]
+        parts, start, total = [], 0, len(batch[0])
+        for chunk in row_chunks(batch):
+            rows = torch.arange(start, start + len(chunk[0]), device=chunk[0].device)
+            with chunk_of(total, rows):
+                check_observed(model, chunk, plates)
+                parts.append(_weights(model, guide, chunk, num_samples, plates))
+            start += len(rows)
     frame = pd.concat([part[0] for part in parts], ignore_index=True)
     has_global, is_point = parts[0][1], parts[0][2]
     notes = []

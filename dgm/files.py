@@ -308,6 +308,8 @@ def _read(path: Path) -> pd.DataFrame | dict[str, np.ndarray]:
             return {key: np.asarray(t.double() if t.is_floating_point() else t) for key, t in content.items()}
     except Exception as error:  # each reader has errors of its own for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if suffix != ".csv" and ("pickle" in reason or "weights_only" in reason):  # no advice to switch safety off
+            reason = "it is damaged, or holds Python objects, which are not loaded; save plain arrays or tensors"
         raise DataError(f"{path} cannot be read as {suffix} data: {reason}") from error
     raise DataError(f"{path} has the ending {suffix!r}; a data file is .csv, .npz or .pt")
 

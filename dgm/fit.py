@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .checks import check_all_rows
 from .data import as_tensors, batches, check_batch_size, split
 from .errors import DataError, OptionError, TrainingError
 from .heldout import HeldOut
@@ -184,6 +185,12 @@ def fit(
     _move(model, guide, device, dtype)
     source, held_out = _sources(data, validation, batch_size, plan.seed, transform, device, dtype)
     full = dict(sizes) if sizes is not None else source.sizes(model)
+    if isinstance(source, Memory):
+        check_all_rows(
+            model, source.tensors, {DATA_PLATE, *full}, whole=source.batch_size == source.rows, transform=transform
+        )
+    if held_out is not None:
+        check_all_rows(model, held_out, {DATA_PLATE, *full})
     svi = SVI(model, guide, optim if optim is not None else adam(lr), loss, sizes=full, compile=compile, clip=clip)
     run = _Run(svi, plan, source, HeldOut(model, guide, held_out, sizes=full) if held_out is not None else None)
     run.validate_every = validate_every
@@ -266,7 +273,7 @@ class _Run:
         try:
             return self.result(self._train(schedule, bar))
         except TrainingError as error:
-            error.fit = self.result("stopped: not finite")  # type: ignore[attr-defined]
+            error.fit = self.result("a value was not finite")  # type: ignore[attr-defined]
             raise
         except KeyboardInterrupt as error:
             raise Interrupted(self.result("interrupted")) from error

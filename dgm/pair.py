@@ -42,6 +42,14 @@ def current_rows() -> Tensor | None:
     return _ROWS.get()
 
 
+_ALL_ROWS: contextvars.ContextVar[int | None] = contextvars.ContextVar("all_rows", default=None)
+
+
+def all_rows() -> int | None:
+    """How many rows the data have of which the present batch is a chunk; None where nobody said."""
+    return _ALL_ROWS.get()
+
+
 @contextlib.contextmanager
 def batch_rows(rows: Tensor | None) -> Iterator[None]:
     """Tell guides with parameters for each datum which rows they see."""
@@ -50,6 +58,17 @@ def batch_rows(rows: Tensor | None) -> Iterator[None]:
         yield
     finally:
         _ROWS.reset(token)
+
+
+@contextlib.contextmanager
+def chunk_of(total: int, rows: Tensor) -> Iterator[None]:
+    """As `batch_rows`, for a chunk of data that may not be those of training: a guide may refuse another number."""
+    token = _ALL_ROWS.set(total)
+    try:
+        with batch_rows(rows):
+            yield
+    finally:
+        _ALL_ROWS.reset(token)
 
 
 class Minibatch(Messenger):

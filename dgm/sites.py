@@ -6,6 +6,7 @@ A site is *local* when it stands inside a data plate (`pyro.plate("data", len(x)
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor, nn
 
-from .errors import ModelError, did_you_mean
+from .errors import DGMError, ModelError, did_you_mean, without_shapes
 from .programs import (
     Program,
     StartValues,
@@ -156,8 +157,18 @@ def trace_once(model: Program, *batch: Any, values: Mapping[str, Tensor] | None 
     with isolated(validate=False), preserved_rng(seed), preserved_buffers(model), torch.no_grad(), StartValues(values):
         try:
             return poutine.trace(bound(program, home)).get_trace(*batch)
-        except NotImplementedError as error:
-            raise ModelError(f"{program_name(model)} could not be run once: {error}") from error
+        except DGMError:
+            raise
+        except Exception as error:  # the user's own code may fail in any way
+            raise ModelError(f"{program_name(model)} could not be run on these data: {_where(error, model)}") from error
+
+
+def _where(error: Exception, model: Program) -> str:
+    """An error in one line, with the line of the model's own code."""
+    code = getattr(model.forward if isinstance(model, nn.Module) else model, "__code__", None)
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
+    text = " ".join(without_shapes(str(error)).split())
+    return f"{type(error).__name__}: {text}" + (f" (line {lines[-1]} of its file)" if lines else "")
 
 
 def latents(model: Program, *batch: Any, plates: Iterable[str] = (DATA_PLATE,)) -> Latents:

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .errors import GuideError, OptionError
+from .errors import GuideError, ModelError, OptionError
 from .noise import Recorded, recording
 from .pair import Pair
 from .programs import Program, evaluating, preserved_rng, program_name
@@ -109,7 +109,14 @@ class LogWeightSampler:
         latents = self.pair.check(batch, self.plates)
         refuse_untrained(self.pair, model, guide)
         self.has_local, self.has_global = bool(latents.local), bool(latents.global_)
-        self.rows = next((latents.plates[p].size for p in self.plates if p in latents.plates), 1)
+        sizes = {p: latents.plates[p].size for p in sorted(self.plates) if p in latents.plates}
+        if len(set(sizes.values())) > 1:
+            raise ModelError(
+                f"log weights are one for each row, and the data plates of {program_name(model)} differ in rows "
+                f"({', '.join(f'{p!r}: {n}' for p, n in sizes.items())}): evaluate a model of one stream, or give "
+                "batches with as many rows in each"
+            )
+        self.rows = next(iter(sizes.values()), 1)
         self.runs = Runs(self.pair, lambda: _run_terms(self.pair, batch, self.plates))
 
     @property

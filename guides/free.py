@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from dgm.distributions import sample_and_log_prob, sample_sites
 from dgm.errors import GuideError
 from dgm.noise import Recorded, recording, replaying
-from dgm.pair import current_rows
+from dgm.pair import all_rows, current_rows
 from dgm.programs import preserved_rng
 from dgm.sites import DATA_PLATE, Packing, latents
 
@@ -87,10 +87,11 @@ class Free(PyroModule):
 
     def _rows(self, count: int) -> Tensor | None:
         rows = current_rows()
-        if rows is None and count != self.plate.rows:
+        total = all_rows() or (count if rows is None else self.plate.rows)
+        if total != self.plate.rows:
             raise GuideError(
-                f"Free holds parameters for {self.plate.rows} rows and sees {count} without knowing which: train it "
-                "with dgm.fit, or call step(..., rows=indices)"
+                f"Free holds parameters for {self.plate.rows} rows and sees {total} without knowing which: train it "
+                "with dgm.fit, or call step(..., rows=indices); it has none for held-out rows, where Amortized serves"
             )
         return rows
 

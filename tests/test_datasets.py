@@ -467,7 +467,7 @@ def test_own_images(tmp_path: Path) -> None:
         ("header.csv", {}, "x is empty"),
         ("bad.npz", {}, r"bad\.npz cannot be read as \.npz data"),
         ("bad.pt", {}, r"bad\.pt cannot be read as \.pt data"),
-        ("objects.npz", {}, r"objects\.npz cannot be read as \.npz data: Object arrays"),
+        ("objects.npz", {}, r"objects\.npz cannot be read as \.npz data: it is damaged, or holds Python objects"),
         ("notes.txt", {}, r"ending '\.txt'; a data file is \.csv, \.npz or \.pt"),
         ("none.npz", {}, "holds no arrays"),
         ("short.npz", {}, "x has 4 rows, target 'y' has 3 rows"),

@@ -32,6 +32,20 @@ from dgm.programs import preserved_rng
 DOUBLE = torch.float64
 
 
+def test_grey_pixels_are_refused() -> None:
+    model, (x,) = vae.example()
+    with pytest.raises(DataError, match="grey pixels"):
+        evaluate(model, Joint(model, x, encoder=mlp(8)), x * 0.5 + 0.1, num_samples=10)
+
+
+def test_free_is_evaluated_on_its_own_rows_in_chunks() -> None:
+    model, x = LinearVAE.simulate(1200, 4, 2, generator=torch.Generator().manual_seed(0))
+    free = Free(model, x)
+    assert len(evaluate(model, free, x, num_samples=10).per_datum) == 1200
+    with pytest.raises(GuideError, match="1200 rows and sees 1100"):
+        evaluate(model, free, x[:1100], num_samples=10)
+
+
 def exact_pair(n: int = 40) -> tuple[Any, Any, Tensor]:
     model, x = LinearVAE.simulate(n, 4, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
 

@@ -355,7 +355,7 @@ def test_ctrl_c_gives_what_was_finished() -> None:
     def press(batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         nonlocal calls
         calls += 1
-        if calls == 8:
+        if calls == 9:  # the first is the check of all rows
             raise KeyboardInterrupt
         return batch
 
@@ -379,12 +379,12 @@ def test_nan_in_training_keeps_the_last_good_parameters_and_the_history(compile:
     def poison(batch: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
         nonlocal calls
         calls += 1
-        return (batch[0] * math.nan,) if calls > 30 else batch
+        return (batch[0] * math.nan,) if calls > 31 else batch  # one call is the check of all rows
 
     with pytest.raises(TrainingError, match=r"step 31: the loss is nan; first site .*rows \[\d") as caught:
         fit(model, guide, x, epochs=50, batch_size=10, transform=poison, compile=compile)
     result = caught.value.fit  # type: ignore[attr-defined]
-    assert result.stopped == "stopped: not finite" and len(result.history) >= 10
+    assert result.stopped == "a value was not finite" and len(result.history) >= 10
     assert all(bool(p.isfinite().all()) for p in parameters(result))
 
 
@@ -429,3 +429,13 @@ def test_dropout_trains_eagerly_and_repeats() -> None:
             model = Dropping()
         runs.append(parameters(fit(model, AutoNormal(model), x, y, epochs=12)))
     assert same(runs[0], runs[1])
+
+
+def test_a_row_outside_the_support_is_found_in_any_batch() -> None:
+    model, (x,) = vae.example()
+    x = x.clone()
+    x[-1, 0] = 0.5
+    guide = Joint(model, x, encoder=mlp(8))
+    for data, held_out in ((x, None), (x[:-1], x[-3:])):
+        with pytest.raises(DataError, match="grey pixels"):
+            fit(model, guide, data, epochs=1, batch_size=2, validation=held_out)

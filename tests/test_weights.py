@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dgm import evaluate, fit, log_weight_terms, log_weights
-from dgm.errors import GuideError, OptionError
+from dgm.errors import GuideError, ModelError, OptionError
 from dgm.guides.diagonal_normal import DiagonalNormal
 from dgm.guides.encoders import linear
 from dgm.guides.full_normal import FullNormal
@@ -316,3 +316,17 @@ def test_regression_reaches_the_exact_posterior(rows: int, batch: int | None, st
         assert ((q.mean - exact.mean) / sd).abs().max() < 3 / math.sqrt(500)
         error = (q.covariance_matrix - exact.covariance_matrix) / torch.outer(sd, sd)
         assert error.abs().max() < 3 * math.sqrt(2 / 500)
+
+
+def test_streams_of_different_length_have_no_log_weights_for_each_row() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        for name, value in (("data", x), ("labelled", y)):
+            with pyro.plate(name, len(value)):
+                z = pyro.sample(f"z_{name}", dist.Normal(0.0, 1.0))
+                pyro.sample(f"x_{name}", dist.Normal(z, 1.0), obs=value)
+
+    plates = ("data", "labelled")
+    x, y = torch.zeros(6), torch.zeros(3)
+    guide = Joint(model, x, y, plates=plates, encoder=linear())
+    with pytest.raises(ModelError, match="'data': 6, 'labelled': 3"):
+        log_weights(model, guide, x, y, num_samples=2, plates=plates)
