@@ -30,6 +30,41 @@ def sample_and_log_prob(density: Distribution, shape: Size = Size()) -> tuple[Te
     return x, density.log_prob(x)
 
 
+class Affine(Distribution):
+    """loc + scale v with v from another density on R^d: log q(x) = log q(v) - sum_i log scale_i.
+
+    Args:
+        base: a density on R^d.
+        loc, scale: `(d,)`, scale > 0.
+
+    >>> density = Affine(dist.Normal(torch.zeros(2), 1.0).to_event(1), torch.ones(2), torch.full((2,), 3.0))
+    >>> x, log_q = density.rsample_and_log_prob(Size((5,)))
+    >>> torch.allclose(log_q, dist.Normal(torch.ones(2), 3.0).to_event(1).log_prob(x), atol=1e-5)
+    True
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, base: Distribution, loc: Tensor, scale: Tensor):
+        self.base, self.loc, self.scale = base, loc, scale
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def rsample_and_log_prob(self, shape: Any = Size()) -> tuple[Tensor, Tensor]:
+        v, log_prob = sample_and_log_prob(self.base, Size(shape))
+        return self.loc + self.scale * v, log_prob - self.scale.log().sum(-1)
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        return self.rsample_and_log_prob(sample_shape)[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base.log_prob((value - self.loc) / self.scale) - self.scale.log().sum(-1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Affine:
+        return Affine(self.base.expand(batch_shape), self.loc, self.scale)
+
+
 class FamilyDistribution(TorchDistribution):
     """A torch distribution on R^d (zuko's flows among them) as a Pyro distribution.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
 import torch
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from dgm.distributions import as_pyro, sample_sites
+from dgm.distributions import Affine, as_pyro, sample_sites
 from dgm.errors import GuideError
 from dgm.sites import DATA_PLATE, Latents, Packing, latents, start_values
 
@@ -49,7 +50,7 @@ class Global(PyroModule):
         self,
         model: Callable[..., Any],
         *batch: Any,
-        family: Callable[..., torch.nn.Module] = DiagonalNormal,
+        family: Callable[..., nn.Module] = DiagonalNormal,
         sites: Iterable[str] | None = None,
         init: Mapping[str, Tensor] | None = None,
         init_scale: float | None = None,
@@ -67,9 +68,9 @@ class Global(PyroModule):
         if not chosen:
             raise GuideError("the model has no global latent: use Amortized or Free for local ones")
         self.packing = Packing(chosen)
-        self.family = family(self.packing.size)
         start = self.packing.pack(start_values(model, batch, chosen, init)).reshape(-1)  # (d,)
-        place(self.family, start, init_scale if init_scale is not None else getattr(model, "init_scale", None))
+        scale = init_scale if init_scale is not None else getattr(model, "init_scale", None)
+        self.family = placed(family(self.packing.size), start, scale)
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         u = pyro.sample("_global", as_pyro(self.family()), infer={"is_auxiliary": True})  # (*S, d)
@@ -89,8 +90,26 @@ def select(found: Latents, names: Iterable[str] | None) -> list[Any]:
     return chosen
 
 
-def place(family: torch.nn.Module, start: Tensor, scale: float | None = None) -> None:
-    """Move a family's start to a point, where it knows how (zuko's flows start at a standard normal)."""
+class Placed(nn.Module):
+    """A family that cannot be told where to start (zuko's flows), behind a location and a scale that can.
+
+        u = loc + exp(log_scale) v,    v ~ family
+    """
+
+    def __init__(self, family: nn.Module, start: Tensor, scale: float):
+        super().__init__()
+        self.family = family
+        self.loc = nn.Parameter(start.clone())
+        self.log_scale = nn.Parameter(torch.full_like(start, math.log(scale)))
+
+    def forward(self) -> Affine:
+        return Affine(self.family(), self.loc, self.log_scale.exp())
+
+
+def placed(family: nn.Module, start: Tensor, scale: float | None = None) -> nn.Module:
+    """The family with its start at a point; at `scale` about it, or at the family's own, 0.1 where it has none."""
     initialise = getattr(family, "initialise", None)
-    if initialise is not None:
-        initialise(start, scale)
+    if initialise is None:
+        return Placed(family, start, 0.1 if scale is None else scale)
+    initialise(start, scale)
+    return family

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from dgm.errors import GuideError
 from dgm.guides.diagonal_normal import DiagonalNormal
 from dgm.guides.encoders import linear, mlp
+from dgm.guides.flow import zuko
 from dgm.guides.free import Free
 from dgm.guides.full_normal import FullNormal
+from dgm.guides.global_ import Global
 from dgm.guides.inverse_autoregressive_flow import InverseAutoregressiveFlow
 from dgm.guides.joint import Joint
 from dgm.models import bayesian_linear_regression, bnn, linear_vae, vae
-from dgm.programs import preserved_rng
+from dgm.programs import isolated, preserved_rng
 from dgm.registry import broken, families, models
 from dgm.testing import ContractError, check_exact, check_family, check_model, check_pair
 
@@ -317,3 +319,25 @@ def test_misfit_is_the_core_s_own_error() -> None:
     model, batch = vae.example()
     with pytest.raises(GuideError, match="does not sample the latent 'z'"):
         check_pair(model, lambda x: None, *batch)
+
+
+# --- zuko's flows as they stand --------------------------------------------------------------------------------------
+
+
+def test_a_zuko_flow_starts_where_it_is_told() -> None:
+    """A start at a standard normal draws scales near zero of a positive latent, and the gradient is infinite."""
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+
+    def model(x: Tensor) -> None:
+        s = pyro.sample("s", dist.Gamma(2.0, 2.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, s.sum()), obs=x)
+
+    with preserved_rng(0):
+        flow = partial(zuko.flows.NICE, transforms=2, hidden_features=(8,))
+        guide = Global(model, x, family=flow, init={"s": torch.tensor([2.0, 0.5])}, init_scale=0.01)
+    with isolated(), torch.no_grad():
+        draws = torch.stack([guide(x)["s"] for _ in range(100)])  # (100, 2)
+    assert torch.allclose(draws.mean(0), torch.tensor([2.0, 0.5]), rtol=0.1)
+    assert 0 < float(draws.std(0).max()) < 0.2
+    check_pair(model, guide, x, compile=False)
