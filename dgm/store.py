@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
 
 
 def save_comparison(result: Comparison, folder: Path) -> Path:
-    """Write `rows.parquet`, `rows.csv`, `history.parquet`, `table.txt`, the plots and `report.html`.
+    """Write `rows.parquet`, `rows.csv`, `history.parquet`, `table.txt`, `meta.json`, the plots and `report.html`.
 
     Raises:
         OptionError: the folder cannot be written to.
@@ -57,6 +58,8 @@ def save_comparison(result: Comparison, folder: Path) -> Path:
     write_whole(folder / "history.parquet", lambda p: result.history.to_parquet(p, index=False))
     text = format_table(result.table, result.meta, result.rows)
     write_whole(folder / "table.txt", lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    meta = json.dumps(result.meta, indent=1, default=str, ensure_ascii=False)
+    write_whole(folder / "meta.json", lambda p: p.write_text(meta + "\n", encoding="utf-8"))
     for name, figure in _figures(result).items():
         write_whole(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150, facecolor="white"))
     return result.report(folder / "report.html")
