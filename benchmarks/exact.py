@@ -77,7 +77,7 @@ def regression(rows: int, steps: int, seed: int = 0) -> dict[str, Any]:
     )  # fmt: skip
     with torch.no_grad():
         q = guide.family()
-        mean, covariance = q.mean, q.covariance_matrix
+        mean, covariance = q.mean.detach(), q.covariance_matrix.detach()
     sd, cov = exact.variance.sqrt(), exact.covariance_matrix
     draws = 1000
     mean_error = ((mean - exact.mean) / (sd / draws**0.5)).abs().max()
