@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from . import registry
+from .cells import start_pair
 from .checks import check_observed
-from .compare import compare, start_pair
+from .compare import compare
 from .data import check_batch_size
 from .datasets import names
 from .errors import OptionError

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +16,20 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .checks import check_all_rows
-from .data import as_tensors, check_batch_size, split
-from .errors import DGMError, ModelError, OptionError, did_you_mean, without_shapes
-from .evaluate import evaluate, global_khat
+from .cells import BATCH_SIZE, Cell, Settings, run_cell, search
+from .data import as_tensors, split
 from .files import Dataset
-from .fit import checked_seed, fit
 from .optim import adam
-from .pictures import pictures_of
-from .programs import isolated, preserved_rng, program_name
+from .preflight import check_model, check_options, checked_seeds, maker
+from .programs import preserved_rng, program_name
 from .provenance import provenance
 from .psis import k_threshold
 from .ranking import rank
 from .report import write_report
-from .sites import DATA_PLATE
 from .tables import format_table
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 """Step sizes that `search_lr=True` tries."""
-
-
-BATCH_SIZE = 100
-"""Rows in a step unless told; data with fewer come in one batch."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What every cell of a comparison shares."""
-
-    epochs: int = 100
-    batch_size: int | None = BATCH_SIZE
-    lr: float = 1e-3
-    num_samples: int = 1000
-    search: tuple[float, ...] = ()
-    search_epochs: int = 20
-    fit_options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Cell:
-    """One guide trained with one seed, and what came of it."""
-
-    row: dict[str, Any]
-    history: pd.DataFrame
-    per_datum: np.ndarray
-    khat: np.ndarray
-    pictures: dict[str, Any]
 
 
 @dataclass
@@ -163,7 +129,7 @@ def compare(
     train, held_out, transform, info = _data(data, test)
     if batch_size == BATCH_SIZE:  # nobody asked for it: smaller data come in one batch
         batch_size = min(batch_size, len(train[0]))
-    _check_options(guides, train, epochs, batch_size, lr, num_samples, jobs, fit_options)
+    check_options(guides, train, epochs, batch_size, lr, num_samples, jobs, fit_options)
     settings = Settings(
         epochs,
         batch_size,
@@ -175,17 +141,17 @@ def compare(
     )
     for rate in settings.search:
         adam(rate)  # refuses a bad step size now
-    chosen = _seeds(seeds)
-    supervised = _check_model(make, guides, chosen[0], train, held_out, settings)
+    chosen = checked_seeds(seeds)
+    supervised = check_model(make, guides, chosen[0], train, held_out, settings)
     work = [(name, guide, seed) for seed in chosen for name, guide in guides.items()]
     rates: dict[str, tuple[float, int]] = {name: (lr, 0) for name in guides}
     started, cells, interrupted = time.perf_counter(), [], False
     try:
         if settings.search:
-            tasks = [joblib.delayed(_search)(make, guide, chosen[0], train, settings) for guide in guides.values()]
+            tasks = [joblib.delayed(search)(make, guide, chosen[0], train, settings) for guide in guides.values()]
             rates = dict(zip(guides, _run(tasks, jobs), strict=True))
         tasks = [
-            joblib.delayed(_cell)(make, name, guide, seed, train, held_out, info, settings, rates[name])
+            joblib.delayed(run_cell)(make, name, guide, seed, train, held_out, info, settings, rates[name])
             for name, guide, seed in work
         ]
         for cell in _run(tasks, jobs):
@@ -199,38 +165,6 @@ def compare(
     meta = _meta(make, info, train, held_out, chosen, settings, supervised, title, jobs)
     meta.update(interrupted=interrupted, elapsed_seconds=time.perf_counter() - started)
     return _collect(cells, list(guides), meta, num_samples)
-
-
-def maker(model: Any) -> Callable[[], Any]:
-    """A callable that makes the model anew: a maker itself, or one that copies a module.
-
-    Raises:
-        ModelError: a class that needs arguments.
-    """
-    if isinstance(model, nn.Module):
-        return lambda: copy.deepcopy(model)
-    try:
-        needed = [
-            p.name
-            for p in inspect.signature(model).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"model is {model!r}, expected a module, or a callable that makes one") from error
-    if not needed and (isinstance(model, type) or not inspect.signature(model).parameters):
-        return model
-    if not needed:  # a maker with options, or a program whose data have a default: only a call can tell
-        with isolated(), preserved_rng(0):
-            try:
-                made = model()
-            except Exception:
-                made = None
-        return model if callable(made) else lambda: model
-    if isinstance(model, type):
-        raise ModelError(
-            f"{model.__name__} needs {', '.join(needed)}: give an object, or a maker `lambda: {model.__name__}(...)`"
-        )
-    return lambda: model  # a program that takes the data: a plain function has no state to copy
 
 
 def _rates(search_lr: bool | Sequence[float]) -> tuple[float, ...]:
@@ -255,75 +189,6 @@ def _data(data: Any, test: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...],
     return train, held_out, None, {"name": "data", "y_std": 1.0, "image_shape": None, "note": "", "source": ""}
 
 
-def _check_options(
-    guides: Mapping[str, Any],
-    train: tuple[Tensor, ...],
-    epochs: int,
-    batch_size: int | None,
-    lr: float,
-    num_samples: int,
-    jobs: int,
-    fit_options: Mapping[str, Any],
-) -> None:
-    """Refuse what no run could be made with."""
-    if not isinstance(guides, Mapping) or not guides:
-        raise OptionError(f"guides is {guides!r}, expected {{name: (model, *batch) -> guide}} with one guide or more")
-    for name, guide in guides.items():
-        if not callable(guide) or isinstance(guide, nn.Module):
-            raise OptionError(
-                f"guides[{name!r}] is {type(guide).__name__}, expected a callable (model, *batch) -> guide"
-            )
-    for name, value, least in (("epochs", epochs, 1), ("num_samples", num_samples, 100), ("jobs", jobs, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            why = ": k-hat needs a tail to look at" if name == "num_samples" else ""
-            raise OptionError(f"{name} is {value!r}, expected a whole number, at least {least}{why}")
-    check_batch_size(len(train[0]), batch_size)
-    adam(lr)  # refuses a bad step size now
-    known = set(inspect.signature(fit).parameters) - {"model", "guide", "data"}
-    for name in fit_options:
-        if name not in known:
-            raise OptionError(f"unknown option {name!r} of compare and fit: {did_you_mean(name, known)}")
-
-
-def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(seeds, bool | str) or not (isinstance(seeds, int) or hasattr(seeds, "__iter__")):
-        raise OptionError(f"seeds is {seeds!r}, expected how many, or a sequence of whole numbers")
-    chosen = tuple(checked_seed(s) for s in (range(seeds) if isinstance(seeds, int) else seeds))
-    if not chosen or len(set(chosen)) != len(chosen):
-        raise OptionError(f"seeds is {list(chosen)}, expected at least one, each once")
-    return chosen
-
-
-def _check_model(
-    make: Callable[[], Any],
-    guides: Mapping[str, Callable[..., Any]],
-    seed: int,
-    train: tuple[Tensor, ...],
-    held_out: tuple[Tensor, ...],
-    settings: Settings,
-) -> bool:
-    """Hold model and data against each other, where no guide could help; whether the model has global latents."""
-    with preserved_rng(seed):
-        model = make()
-        if not callable(model):
-            raise ModelError(f"the maker gave a {type(model).__name__}, expected a model: a module or a function")
-        plates = {DATA_PLATE, *(settings.fit_options.get("sizes") or {})}
-        one_batch = settings.batch_size in (None, len(train[0]))
-        found = check_all_rows(model, train, plates, whole=one_batch, transform=settings.fit_options.get("transform"))
-        check_all_rows(model, held_out, plates)
-    first: Exception | None = None
-    for guide in guides.values():
-        try:
-            _start(make, guide, seed, train, settings)
-            break
-        except Exception as error:  # of one guide: its rows will say so
-            first = first or error
-    else:
-        if isinstance(first, DGMError):
-            raise first  # nothing can be trained
-    return bool(found.global_)
-
-
 def _run(tasks: list[Any], jobs: int) -> Iterator[Any]:
     if jobs == 1:
         for function, args, kwargs in tasks:
@@ -331,110 +196,6 @@ def _run(tasks: list[Any], jobs: int) -> Iterator[Any]:
         return
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         yield from joblib.Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator")(tasks)
-
-
-def start_pair(
-    make: Callable[[], Any], guide: Callable[..., Any], seed: int, whole: tuple[Tensor, ...]
-) -> tuple[Any, Any]:
-    """A model and a guide whose starts depend on the seed alone: all guides meet the same model."""
-    with preserved_rng(seed):
-        model = make()
-    with preserved_rng(seed + 1_000_003):
-        return model, guide(model, *whole)
-
-
-def _start(
-    make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings
-) -> tuple[Any, Any]:
-    transform = settings.fit_options.get("transform")
-    whole = transform(train, torch.Generator().manual_seed(seed)) if transform is not None else train
-    return start_pair(make, guide, seed, whole)
-
-
-def _search(
-    make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings
-) -> tuple[float, int]:
-    """The step size with the best bound on a validation part, and what finding it cost."""
-    best, cost = (-math.inf, settings.lr), 0
-    for lr in settings.search:
-        model, attached = _start(make, guide, seed, train, settings)
-        try:
-            result = fit(
-                model,
-                attached,
-                train,
-                epochs=settings.search_epochs,
-                batch_size=_fitting(settings.batch_size, train),
-                lr=lr,
-                seed=seed,
-                **{**settings.fit_options, "validation": 0.2, "validate_every": settings.search_epochs},
-            )
-        except DGMError:
-            continue  # this step size diverges, or the pair is wrong, which the cell itself will say
-        cost += result.evaluations
-        value = float(result.history["valid_elbo"].iloc[-1])
-        best = max(best, (value, lr)) if math.isfinite(value) else best
-    return best[1], cost
-
-
-def _fitting(batch_size: int | None, train: tuple[Tensor, ...]) -> int | None:
-    """The batch size, where four fifths of the rows still fill a batch."""
-    return None if batch_size is None else min(batch_size, max(1, int(0.8 * len(train[0]))))
-
-
-def _cell(
-    make: Callable[[], Any],
-    name: str,
-    guide: Callable[..., Any],
-    seed: int,
-    train: tuple[Tensor, ...],
-    held_out: tuple[Tensor, ...],
-    info: Mapping[str, Any],
-    settings: Settings,
-    rate: tuple[float, int],
-) -> Cell:
-    """Train one guide with one seed and evaluate it; an error becomes the status of its row."""
-    row: dict[str, Any] = {"guide": name, "seed": seed, "status": "ok", "lr": rate[0], "search_evaluations": rate[1]}
-    empty = Cell(row, pd.DataFrame(), np.zeros(0), np.zeros(0), {})
-    try:
-        model, attached = _start(make, guide, seed, train, settings)
-        result = fit(
-            model,
-            attached,
-            train,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            lr=rate[0],
-            seed=seed,
-            **settings.fit_options,
-        )
-        scores = evaluate(
-            result.model, result.guide, held_out, num_samples=settings.num_samples, y_std=info["y_std"], seed=seed
-        )
-    except Exception as error:
-        row["status"] = f"{type(error).__name__}: {without_shapes(str(error))}"
-        return empty
-    row.update(scores.summary)
-    row.update(
-        evaluations=result.evaluations,
-        seconds=result.seconds,
-        cpu_seconds=result.cpu_seconds,
-        parameters=_count(result.guide),
-        model_parameters=_count(result.model),
-        notes="; ".join(scores.notes),
-    )
-    khat = scores.per_datum["khat"].to_numpy()
-    if np.isnan(khat).all() and scores.kind.startswith("log predictive"):
-        khat = np.array([global_khat(result.model, result.guide, *train, seed=seed)])
-        if np.isfinite(khat).all():
-            row.update(khat_bad=float(khat[0] > k_threshold(1000)), khat_median=float(khat[0]))
-    history = result.history.assign(guide=name, seed=seed)
-    drawn = pictures_of(result.model, result.guide, held_out, info, seed)
-    return Cell(row, history, scores.per_datum["bound"].to_numpy(), khat[~np.isnan(khat)], drawn)
-
-
-def _count(program: Any) -> int:
-    return sum(p.numel() for p in program.parameters()) if isinstance(program, nn.Module) else 0
 
 
 def _tell(cell: Cell, done: int, total: int) -> None:

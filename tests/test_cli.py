@@ -27,7 +27,7 @@ from dgm.guides import DEFAULT, attached
 from dgm.models.likelihoods import Normal
 from dgm.models.vae import VAE
 
-compare = importlib.import_module("dgm.compare")  # the name alone is the function
+cells = importlib.import_module("dgm.cells")
 
 OWN = """
 import pyro, torch
@@ -207,14 +207,14 @@ def test_makers_can_be_sent_to_a_process_that_never_saw_the_file(here: Path) -> 
 
 
 def test_a_failed_guide_is_told_and_the_rest_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = compare.fit
+    real = cells.fit
 
     def failing(model: Any, guide: Any, *data: Any, **options: Any) -> Any:
         if sum(p.numel() for p in guide.parameters()) > 4000:  # the full normal
             raise RuntimeError("lightning")
         return real(model, guide, *data, **options)
 
-    monkeypatch.setattr(compare, "fit", failing)
+    monkeypatch.setattr(cells, "fit", failing)
     words = (
         "--model",
         "bnn",
@@ -232,7 +232,7 @@ def test_a_failed_guide_is_told_and_the_rest_is_kept(here: Path, monkeypatch: py
 
 
 def test_an_interrupted_comparison_writes_what_was_finished(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = compare.fit, []
+    real, calls = cells.fit, []
 
     def interrupted(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -240,11 +240,11 @@ def test_an_interrupted_comparison_writes_what_was_finished(here: Path, monkeypa
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(compare, "fit", interrupted)
+    monkeypatch.setattr(cells, "fit", interrupted)
     words = ("compare", "--model", "bnn", "--data", "gap", "--epochs", 1, "--samples", 100, "--jobs", 1)
     output = run(*words, "--guides", "diagonal-normal,point", "--seeds", 2, "--out", "out", code=130)
     assert "interrupted: 1 of 4 runs" in output and len(pd.read_csv("out/rows.csv")) == 1
-    monkeypatch.setattr(compare, "fit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(cells, "fit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert "nothing was finished" in run(*words, "--out", "none", code=130)
     assert not Path("none").exists()
 

@@ -15,10 +15,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from dgm import Comparison, compare
-from dgm.compare import maker
 from dgm.errors import DataError, DGMError, ModelError, OptionError
 from dgm.guides import attached
 from dgm.guides.encoders import mlp
+from dgm.preflight import maker
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
 SHORT: dict[str, Any] = {"epochs": 2, "seeds": 1, "num_samples": 100, "batch_size": 12}
