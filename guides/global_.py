@@ -93,7 +93,7 @@ def select(found: Latents, names: Iterable[str] | None) -> list[Any]:
 class Placed(nn.Module):
     """A family that cannot be told where to start (zuko's flows), behind a location and a scale that can.
 
-        u = loc + exp(log_scale) v,    v ~ family
+    u = loc + exp(log_scale) v,    v ~ family
     """
 
     def __init__(self, family: nn.Module, start: Tensor, scale: float):
