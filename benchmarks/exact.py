@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
+    made_by = provenance()
     rows: list[dict[str, Any]] = []
     for count in (BATCH, 50 * BATCH):
         rows += linear_vae(count, options.steps)
@@ -104,7 +105,7 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row), flush=True)
     if options.out is not None:
-        options.out.write_text(json.dumps({"protocol": __doc__, **provenance(), "rows": rows}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"protocol": __doc__, **made_by, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
+    made_by = provenance()  # now: the checkout may move on while this runs
     guides = options.guides.split(",")
     frames = [
         run_set(name, options.splits, guides, options.epochs, options.batch_size, options.lr, options.jobs)
@@ -102,7 +103,7 @@ def main() -> None:
     print(report(rows))
     if options.out is not None:
         content: dict[str, Any] = {"protocol": __doc__, "epochs": options.epochs, "batch_size": options.batch_size}
-        content |= {"lr": options.lr, **provenance(), "rows": json.loads(rows.to_json(orient="records"))}
+        content |= {"lr": options.lr, **made_by, "rows": json.loads(rows.to_json(orient="records"))}
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
