@@ -67,8 +67,8 @@ class Graph:
             self.graph = make_fx(lambda *args: compute(*args))(*inputs)
         except (RuntimeError, NotImplementedError, NoiseExhausted, NotReparameterised, TypeError, ValueError) as error:
             raise Untraceable(_one_line(error)) from error
+        _prune(self.graph)  # before it is held against the program, so that what runs is what was verified
         self._verify(pair, parameters, batch, noise, sizes, rows, buffers)
-        _in_place(self.graph)
 
     def _inputs(
         self,
@@ -135,7 +135,7 @@ class Graph:
         return loss, [gradients[name] for name in self.names]
 
 
-def _in_place(graph: Any) -> None:
+def _prune(graph: Any) -> None:
     """Drop what the trace computed and nobody reads."""
     graph.graph.eliminate_dead_code()
     graph.recompile()
