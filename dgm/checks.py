@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .data import check_support
 from .errors import DataError, GuideError, ModelError
-from .heldout import row_chunks
+from .heldout import ROWS
+from .mapped import MappedArray
+from .noise import recording
 from .pair import Pair
 from .programs import Program, preserved_rng, program_name
 from .sites import Latents, read, trace_once
@@ -40,15 +42,22 @@ def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str]) 
 
 
 def check_all_rows(
-    model: Program, data: Sequence[Tensor], plates: Iterable[str], *, whole: bool = False, transform: Any = None
+    model: Program,
+    data: Sequence[Tensor | MappedArray],
+    plates: Iterable[str],
+    *,
+    whole: bool = False,
+    transform: Any = None,
 ) -> Latents:
     """`check_observed` for every row of the data, in chunks of rows; `whole` for a model that takes all rows at once.
 
     Raises:
         DataError, ModelError: see `check_observed`.
     """
-    plates, found = set(plates), None
-    for chunk in row_chunks(data, len(data[0])) if whole else row_chunks(data):
+    plates, found, count = set(plates), None, len(data[0])
+    size = count if whole else ROWS
+    for start in range(0, count, size):
+        chunk = tuple(item[start : start + size] for item in data)  # of a memory-mapped array, this is all that is read
         seen = chunk if transform is None else transform(chunk, torch.Generator(chunk[0].device).manual_seed(0))
         latents = check_observed(model, seen, plates)
         found = found or latents
@@ -148,3 +157,20 @@ def _which_rows(finite: Tensor, node: Any, rows: Tensor | None) -> str:
     bad = (~finite).movedim(axis, 0).reshape(size, -1).any(1).nonzero().flatten()
     names = rows[bad] if rows is not None and len(rows) == size else bad
     return f", rows {names[:5].tolist()}" + (" ..." if len(bad) > 5 else "")
+
+
+def explain_draws(pair: Pair, batch: Sequence[Any], rows: Tensor | None) -> str:
+    """Why a program's noise cannot be an input of its step: the first site, or whatever stands between the sites."""
+    with pair.running(rows=rows), preserved_rng(), torch.no_grad():
+        guide = poutine.trace(pair.run_guide).get_trace(*batch)
+        model = poutine.trace(poutine.replay(pair.run_model, trace=guide)).get_trace(*batch)
+        for where, trace in (("guide", guide), ("model", model)):
+            for name, node in trace.nodes.items():
+                if node["type"] != "sample" or node["is_observed"] or (where == "model" and name in guide.nodes):
+                    continue
+                with recording() as draws:
+                    node["fn"]()
+                if not draws.complete:
+                    kind = type(getattr(node["fn"], "base_dist", node["fn"])).__name__
+                    return f"site {name!r} of the {where} ({kind}) draws noise that depends on its parameters"
+    return "the program draws noise outside of its sites that depends on values (dropout)"

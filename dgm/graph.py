@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,16 +13,101 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .noise import NoiseExhausted, Recorded
 from .pair import NotReparameterised, Pair
 
+REFUSALS = (RuntimeError, NotImplementedError, NoiseExhausted, NotReparameterised, TypeError, ValueError, KeyError)
+"""What a trace raises where a program cannot be a graph."""
+
 
 class Untraceable(Exception):
     """The pair's step cannot be a graph; the message says which operation or site is the cause."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The order of a step's inputs: parameters, constants, data, noise, scalars, rows.
+
+    Everything that differs from step to step, or from replica to replica, is an input, so that schedules cost no new
+    trace and a step is a pure function of them. Scalars are `(1 + plates,)`: the KL weight and the plates' full sizes.
+
+    Attributes:
+        parameters: names of what is differentiated. constants: names of buffers and frozen parameters given as inputs.
+        batch: the batch with None for its tensors. plates: names of the scaled plates. draws: number of noise tensors.
+    """
+
+    parameters: tuple[str, ...]
+    constants: tuple[str, ...]
+    batch: tuple[Any, ...]
+    places: tuple[int, ...]
+    plates: tuple[str, ...]
+    draws: int
+    rows: bool
+
+    @staticmethod
+    def of(
+        parameters: Mapping[str, Tensor],
+        batch: Sequence[Any],
+        draws: Sequence[Any],
+        sizes: Mapping[str, int],
+        rows: bool,
+        constants: Sequence[str] = (),
+    ) -> Layout:
+        places = tuple(i for i, item in enumerate(batch) if isinstance(item, Tensor))
+        rest = tuple(None if isinstance(item, Tensor) else item for item in batch)
+        return Layout(tuple(parameters), tuple(constants), rest, places, tuple(sizes), len(draws), rows)
+
+    def gradients(self, pair: Pair) -> Callable[..., tuple[Tensor, ...]]:
+        """`(*inputs) -> (loss, *gradients)` of the pair, a pure function."""
+
+        def compute(*inputs: Any) -> tuple[Tensor, ...]:
+            left = list(inputs)
+
+            def take(count: int) -> list[Any]:
+                taken, left[:] = left[:count], left[count:]
+                return taken
+
+            values = dict(zip(self.parameters, take(len(self.parameters)), strict=True))
+            fixed = dict(zip(self.constants, take(len(self.constants)), strict=True))
+            whole = list(self.batch)
+            for place, item in zip(self.places, take(len(self.places)), strict=True):
+                whole[place] = item
+            noise = take(self.draws)
+            kl, *full = take(1)[0].unbind(0)
+            rows = take(1)[0] if self.rows else None
+            sizes = dict(zip(self.plates, full, strict=True))
+            gradients, loss = torch.func.grad_and_value(
+                lambda p: pair.loss({**p, **fixed}, whole, noise, sizes=sizes, kl_weight=kl, rows=rows)
+            )(values)
+            return loss, *(gradients[name] for name in self.parameters)
+
+        return compute
+
+
+def scalars(sizes: Mapping[str, int], kl_weight: float, like: Tensor) -> Tensor:
+    """The KL weight and the plates' full sizes as a step takes them, `(1 + plates,)`."""
+    return torch.tensor([float(kl_weight), *map(float, sizes.values())], dtype=like.dtype, device=like.device)
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """A function of tensors as a graph module, without what nobody reads.
+
+    Raises:
+        Untraceable: it branches on values, or uses an operation that has no graph; the message names it.
+    """
+    try:
+        module = make_fx(lambda *args: function(*args))(*inputs)
+    except REFUSALS as error:
+        raise Untraceable(one_line(error)) from error
+    module.graph.eliminate_dead_code()  # before it is held against the program: what runs is what was verified
+    module.recompile()
+    return module
+
+
 class Graph:
     """The negative ELBO and its gradients as one graph of tensor operations.
 
-    Parameters, batch, noise, plate sizes and the KL weight are inputs: schedules cost no new trace. The graph is held
-    against the eager loss and gradients once; where they differ the pair has control flow that depends on values.
+    The graph is held against the eager loss and gradients once, on noise and scalars that it was not traced with.
+
+    Attributes:
+        unused: whether each parameter takes no part in the loss; its gradient is None, as autograd has it.
 
     Raises:
         Untraceable: tracing failed, or the graph does not give the eager numbers.
@@ -38,57 +124,27 @@ class Graph:
     ):
         if not pair.movable:
             raise Untraceable("a function program closes over a module; make it a PyroModule that holds the module")
-        self.names = list(parameters)
-        self.places = [i for i, item in enumerate(batch) if isinstance(item, Tensor)]
-        self.plates = list(sizes)
-        rest = list(batch)
-
-        def compute(
-            values: list[Tensor],
-            data: list[Tensor],
-            noise: list[Tensor],
-            full: list[Tensor],
-            kl: Tensor,
-            rows: Tensor | None,
-        ) -> Any:
-            given = dict(zip(self.names, values, strict=True))
-            whole = list(rest)
-            for place, item in zip(self.places, data, strict=True):
-                whole[place] = item
-            scales = dict(zip(self.plates, full, strict=True))
-            return torch.func.grad_and_value(
-                lambda p: pair.loss(p, whole, noise, sizes=scales, kl_weight=kl, rows=rows)
-            )(given)
-
-        buffers = {name: value.clone() for name, value in pair.owners.named_buffers()}
+        self.layout = Layout.of(parameters, batch, draws, sizes, rows is not None)
         noise = draws.sample()
-        inputs = self._inputs(parameters, batch, noise, sizes, 1.0, rows)
-        try:
-            self.graph = make_fx(lambda *args: compute(*args))(*inputs)
-        except (RuntimeError, NotImplementedError, NoiseExhausted, NotReparameterised, TypeError, ValueError) as error:
-            raise Untraceable(_one_line(error)) from error
-        _prune(self.graph)  # before it is held against the program, so that what runs is what was verified
+        like = next(iter(parameters.values()))
+        inputs = self.inputs(parameters, batch, noise, scalars(sizes, 1.0, like), rows)
+        buffers = {name: value.clone() for name, value in pair.owners.named_buffers()}
+        self.module = trace(self.layout.gradients(pair), inputs)
+        self.unused = [False] * len(parameters)
         self._verify(pair, parameters, batch, noise, sizes, rows, buffers)
 
-    def _inputs(
+    def inputs(
         self,
         parameters: Mapping[str, Tensor],
         batch: Sequence[Any],
         noise: Sequence[Tensor],
-        sizes: Mapping[str, int],
-        kl_weight: float,
+        numbers: Tensor,
         rows: Tensor | None,
-    ) -> list[Any]:
+    ) -> list[Tensor]:
+        """The inputs in the order of the layout."""
         values = [p.detach() for p in parameters.values()]
-        like = values[0]
-        key = (tuple(sizes.values()), kl_weight, like.device)
-        if getattr(self, "_scalars_key", None) != key:
-            self._scalars_key = key
-            self._scalars = (
-                [torch.tensor(float(n), dtype=like.dtype, device=like.device) for n in sizes.values()],
-                torch.tensor(float(kl_weight), dtype=like.dtype, device=like.device),
-            )
-        return [values, [batch[i] for i in self.places], list(noise), *self._scalars, rows]
+        flat = [*values, *(batch[i] for i in self.layout.places), *noise, numbers]
+        return [*flat, rows] if rows is not None else flat
 
     def _verify(
         self,
@@ -101,7 +157,8 @@ class Graph:
         buffers: Mapping[str, Tensor],
     ) -> None:
         fresh = [torch.randn_like(eps) if eps.is_floating_point() and bool((eps < 0).any()) else eps for eps in noise]
-        loss, gradients = self(parameters, batch, fresh, sizes, 0.5, rows)
+        numbers = scalars(sizes, 0.5, next(iter(parameters.values())))
+        loss, gradients = self(self.inputs(parameters, batch, fresh, numbers, rows))
         eager = pair.loss(None, batch, fresh, sizes=sizes, kl_weight=0.5, rows=rows)
         expected = torch.autograd.grad(eager, list(parameters.values()), allow_unused=True)
         for name, value in pair.owners.named_buffers():
@@ -109,38 +166,43 @@ class Graph:
                 with torch.no_grad():
                     dict(pair.owners.named_buffers())[name].copy_(buffers[name])
                 raise Untraceable(f"buffer {name!r} changes while the program runs (batch normalisation)")
-        if not torch.allclose(loss, eager.detach(), rtol=1e-4, atol=1e-4, equal_nan=True):
-            raise Untraceable(
-                f"the graph gives {float(loss):.6g} where the program gives {float(eager):.6g}: its control flow "
-                "depends on values"
-            )
-        scale = max((float(g.abs().max()) for g in expected if g is not None), default=0.0)
-        for name, mine, theirs in zip(parameters, gradients, expected, strict=True):
-            theirs = torch.zeros_like(mine) if theirs is None else theirs
-            if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * scale + 1e-12, equal_nan=True):
-                raise Untraceable(f"the graph's gradient of {name!r} is not the program's")
+        agrees(loss, list(gradients), eager.detach(), expected, list(parameters))
+        self.unused = [g is None for g in expected]
 
-    def __call__(
-        self,
-        parameters: Mapping[str, Tensor],
-        batch: Sequence[Any],
-        noise: Sequence[Tensor],
-        sizes: Mapping[str, int],
-        kl_weight: float,
-        rows: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         """The loss, and the gradients in the order of the parameters."""
         with torch.no_grad():
-            gradients, loss = self.graph(*self._inputs(parameters, batch, noise, sizes, kl_weight, rows))
-        return loss, [gradients[name] for name in self.names]
+            loss, *gradients = self.module.forward(*inputs)
+        return loss, [None if idle else g for g, idle in zip(gradients, self.unused, strict=True)]
 
 
-def _prune(graph: Any) -> None:
-    """Drop what the trace computed and nobody reads."""
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
+def agrees(
+    loss: Tensor,
+    gradients: Sequence[Tensor | None],
+    eager: Tensor,
+    expected: Sequence[Tensor | None],
+    names: Sequence[str],
+) -> None:
+    """Hold a graph's numbers against the program's.
+
+    Raises:
+        Untraceable: they differ by more than rounding.
+    """
+    if not torch.allclose(loss, eager, rtol=1e-4, atol=1e-4, equal_nan=True):
+        raise Untraceable(
+            f"the graph gives {float(loss):.6g} where the program gives {float(eager):.6g}: its control flow "
+            "depends on values"
+        )
+    scale = max((float(g.abs().max()) for g in expected if g is not None and g.numel()), default=0.0)
+    for name, mine, theirs in zip(names, gradients, expected, strict=True):
+        if mine is None:
+            continue
+        theirs = torch.zeros_like(mine) if theirs is None else theirs
+        if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * scale + 1e-12, equal_nan=True):
+            raise Untraceable(f"the graph's gradient of {name!r} is not the program's")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

@@ -143,6 +143,7 @@ class Pair:
         if getattr(self.loss_fn, "vectorize_particles", False):
             self.loss_fn.max_plate_nesting = math.inf  # guessed anew: another model may have been seen
         self.pathwise = type(self.loss_fn) is Trace_ELBO  # until a site without a pathwise gradient is met
+        self.not_pathwise: str | None = None  # the name of that site
         self.owners = _Owners()
         self.owners.add_module("model", model_home)
         if guide_home is not model_home:
@@ -220,8 +221,8 @@ class Pair:
         if self.pathwise:
             try:
                 return _negative_elbo(self.loss_fn, model, guide, batch)
-            except NotReparameterised:
-                self.pathwise = False
+            except NotReparameterised as site:
+                self.pathwise, self.not_pathwise = False, str(site)
         if hasattr(self.loss_fn, "differentiable_loss"):
             return self.loss_fn.differentiable_loss(model, guide, *batch)
         if callable(self.loss_fn) and not hasattr(self.loss_fn, "loss_and_grads"):

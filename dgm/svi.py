@@ -7,25 +7,32 @@ Variational Bayes", 2014; Rezende, Mohamed and Wierstra, "Stochastic backpropaga
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from .checks import check_autoguide_rows, check_observed, explain_nonfinite
+from .checks import check_autoguide_rows, check_observed, explain_draws, explain_nonfinite
+from .compiled import CompiledStep
 from .errors import DataError, GuideError, ModelError, OptionError, TrainingError
-from .graph import Graph, Untraceable
+from .flush import flushed
+from .graph import Graph, Untraceable, scalars
 from .noise import Recorded, recording
 from .optim import make_optimiser
+from .pace import MODES, Compile, Kind, Pace, cost
 from .pair import NotReparameterised, Pair, batch_rows
 from .programs import Program, preserved_buffers, preserved_rng, program_name
 from .sites import DATA_PLATE, Latents
+from .whole import CompilerFailed
 
 log = logging.getLogger("dgm")
 
-Compile = Literal[False, "trace"]
+WARM = 10
+"""Eager steps before `compile="auto"` thinks of a graph."""
 
 
 class SVI(pyro.infer.SVI):
@@ -41,9 +48,13 @@ class SVI(pyro.infer.SVI):
             parameters of the pair, or a `PyroOptim`.
         loss: a Pyro ELBO; default `Trace_ELBO()`.
         sizes: number of rows of the full data for each data plate, e.g. `{"data": 60_000}`.
-        compile: "trace" runs the step as a graph after `warm` eager steps of one batch shape, False never.
+        compile: False runs Pyro's step; "trace" a graph of loss and gradients, then the optimiser; "inductor" the whole
+            step, update included, through torch's compiler; "auto" goes from one to the next where the run is long
+            enough to pay for it (`dgm.pace.Pace`). The numbers are the same. A step that has no graph is eager,
+            `fallback` says why; a graph that the compiler refuses is traced, `uncompiled` says why.
         clip: largest norm of the gradient; None for no clipping.
-        warm: eager steps before a graph is made of the step.
+        warm: eager steps of a batch shape before a graph is made; default 10 for "auto", else none.
+        horizon: how many steps the run will have, if that is known.
 
     Raises:
         GuideError: at the first step, before any update, where model and guide do not fit, or nothing can be trained.
@@ -70,12 +81,13 @@ class SVI(pyro.infer.SVI):
         loss: Any = None,
         *,
         sizes: Mapping[str, int] | None = None,
-        compile: Compile = "trace",
+        compile: Compile = "auto",
         clip: float | None = None,
-        warm: int = 10,
+        warm: int | None = None,
+        horizon: int | None = None,
     ):
-        if compile not in (False, "trace"):
-            raise OptionError(f"compile is {compile!r}, expected False or 'trace'")
+        if compile not in MODES or compile == 0 and compile is not False:
+            raise OptionError(f"compile is {compile!r}, expected False, 'trace', 'inductor' or 'auto'")
         if clip is not None and not clip > 0:
             raise OptionError(f"clip is {clip!r}, expected a positive gradient norm or None")
         for plate, size in (sizes or {}).items():
@@ -87,15 +99,20 @@ class SVI(pyro.infer.SVI):
         self.sizes = dict(sizes or {})
         self.compile: Compile = compile
         self.clip = clip
-        self.warm = warm
+        self.warm = warm if warm is not None else (WARM if compile == "auto" else 0)
+        self.horizon = horizon
         self.steps = 0
+        self.kind: Kind = "eager"
         self.latents: Latents | None = None
         self.optimiser: torch.optim.Optimizer | None = None
         self.parameters: dict[str, Tensor] = {}
         self.fallback: str | None = None  # why the step is not a graph, once that is known
+        self.uncompiled: str | None = None  # why the graph is not compiled
         self._graphs: dict[Any, Graph] = {}
         self._draws: dict[Any, Recorded] = {}
-        self._runs: dict[Any, int] = {}
+        self._compiled: dict[Any, CompiledStep] = {}
+        self._paces: dict[Any, Pace] = {}
+        self._scalars: tuple[float, Tensor] | None = None
         self._state = torch.get_rng_state()
         super(pyro.infer.SVI, self).__init__()
 
@@ -161,43 +178,99 @@ class SVI(pyro.infer.SVI):
         if self.optimiser is None:
             self.prepare(*batch, rows=rows)
         self._state = torch.get_rng_state()  # a step that fails is run again with its own noise, to name the site
+        start = time.perf_counter()
+        key = _shapes(batch, rows)
+        pace = self._paces.setdefault(key, Pace())
+        with flushed():
+            self.kind = self._kind(key, pace, batch, rows)
+            if self.kind == "inductor":
+                loss = self._compiled_step(key, batch, rows, kl_weight)
+            else:
+                loss = self._plain_step(key, batch, rows, kl_weight)
+        self.steps += 1
+        pace.add(self.kind, time.perf_counter() - start)
+        return loss
+
+    def _kind(self, key: Any, pace: Pace, batch: Sequence[Any], rows: Tensor | None) -> Kind:
+        """How the next step of this shape runs; whatever is missing for it is made here, and said."""
+        if key in self._compiled:
+            return "inductor"
+        if not self.compile or self.fallback is not None:
+            return "eager"
+        auto, left = self.compile == "auto", None if self.horizon is None else self.horizon - self.steps
+        if key not in self._graphs:
+            if pace.done < self.warm or (auto and not pace.pays("trace", left)):
+                return "eager"
+            if not self._make_graph(key, batch, rows):
+                return "eager"
+        if self.compile == "trace" or self.uncompiled is not None:
+            return "trace"
+        operations = len(self._graphs[key].module.graph.nodes)
+        if auto and not pace.pays("inductor", left, operations):
+            return "trace"
+        return "inductor" if self._make_compiled(key, batch, rows, left) else "trace"
+
+    def _make_graph(self, key: Any, batch: Sequence[Any], rows: Tensor | None) -> bool:
         try:
-            loss, gradients = self._gradients(batch, rows, kl_weight)
-        except NotReparameterised:
-            return self._foreign_step(batch, rows, kl_weight)
+            if not self.pair.pathwise and self.pair.not_pathwise is not None:
+                raise Untraceable(f"site {self.pair.not_pathwise!r} has no pathwise gradient (score function)")
+            with preserved_rng(), preserved_buffers(self.model, self.guide):
+                with recording() as draws:
+                    self.pair.loss(None, batch, sizes=self.sizes, rows=rows)
+                if not draws.complete:
+                    raise Untraceable(explain_draws(self.pair, batch, rows))
+                self._draws[key] = draws
+                self._graphs[key] = Graph(self.pair, self.parameters, batch, draws, self.sizes, rows)
+        except (Untraceable, NotReparameterised) as error:
+            self.fallback = str(error)
+            log.warning("the step of %s stays eager: %s", program_name(self.guide), self.fallback)
+            return False
+        return True
+
+    def _make_compiled(self, key: Any, batch: Sequence[Any], rows: Tensor | None, left: int | None) -> bool:
+        graph, ends = self._graphs[key], "an open number of" if left is None else left
+        seconds = cost("inductor", len(graph.module.graph.nodes))
+        log.info("step %d: compiling (about %.0f s) for %s steps of this shape", self.steps + 1, seconds, ends)
+        try:
+            with preserved_rng():
+                inputs = self._inputs(key, batch, rows, 1.0)
+                self._compiled[key] = CompiledStep(graph, self._optimiser(), self.parameters, self.clip, inputs)
+        except (CompilerFailed, Untraceable) as error:
+            self.uncompiled = str(error)
+            log.warning("the step of %s is traced, not compiled: %s", program_name(self.guide), error)
+            return False
+        return True
+
+    def _inputs(
+        self, key: Any, batch: Sequence[Any], rows: Tensor | None, kl_weight: float, noise: Any = None
+    ) -> list[Tensor]:
+        if self._scalars is None or self._scalars[0] != kl_weight:  # a tensor is dear to make beside a small step
+            like = next(iter(self.parameters.values()))
+            self._scalars = (kl_weight, scalars(self.sizes, kl_weight, like))
+        noise = self._draws[key].sample() if noise is None else noise
+        return self._graphs[key].inputs(self.parameters, batch, noise, self._scalars[1], rows)
+
+    def _plain_step(self, key: Any, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> float:
+        gradients: Sequence[Tensor | None]
+        if self.kind == "trace":
+            loss, gradients = self._graphs[key](self._inputs(key, batch, rows, kl_weight))
+        else:
+            try:
+                loss = self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
+            except NotReparameterised:
+                return self._foreign_step(batch, rows, kl_weight)
+            gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+            loss = loss.detach()
         self._update(loss, gradients, batch, rows)
         return float(loss)
 
-    def _gradients(
-        self, batch: Sequence[Any], rows: Tensor | None, kl_weight: float
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        key = _shapes(batch, rows)
-        runs = self._runs[key] = self._runs.get(key, 0) + 1
-        if self.compile == "trace" and self.fallback is None and runs > self.warm:
-            graph = self._graph(key, batch, rows, kl_weight)
-            if graph is not None:
-                noise = self._draws[key].sample()
-                loss, computed = graph(self.parameters, batch, noise, self.sizes, kl_weight, rows)
-                return loss, list(computed)
-        loss = self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        return loss.detach(), list(gradients)
-
-    def _graph(self, key: Any, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> Graph | None:
-        if key not in self._graphs:
-            try:
-                with preserved_rng(), preserved_buffers(self.model, self.guide):
-                    with recording() as draws:
-                        self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
-                    if not draws.complete:
-                        raise Untraceable("a draw that depends on parameters (dropout, Gamma, a discrete site)")
-                    self._draws[key] = draws
-                    self._graphs[key] = Graph(self.pair, self.parameters, batch, draws, self.sizes, rows)
-            except Untraceable as error:
-                self.fallback = str(error)
-                log.info("the step of %s stays eager: %s", program_name(self.guide), error)
-                return None
-        return self._graphs[key]
+    def _compiled_step(self, key: Any, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> float:
+        inputs = self._inputs(key, batch, rows, kl_weight)
+        loss, norm = self._compiled[key](inputs)
+        if not math.isfinite(loss + norm):
+            found, gradients = self._graphs[key](inputs)  # nothing was changed: the same numbers again, to name them
+            raise TrainingError(self._explain(found, gradients, batch, rows))
+        return loss
 
     def _update(
         self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None
@@ -206,23 +279,22 @@ class SVI(pyro.infer.SVI):
         norm = torch.nn.utils.get_total_norm(present) if present else torch.zeros(())
         if not bool(torch.isfinite(loss + norm)):
             raise TrainingError(self._explain(loss, gradients, batch, rows))
+        graded = _graded(self.parameters, gradients)
         if self.clip is not None and present:
-            torch.nn.utils.clip_grads_with_norm_(_graded(self.parameters, gradients), self.clip, norm)
-        else:
-            _graded(self.parameters, gradients)
-        self._optimise()
+            torch.nn.utils.clip_grads_with_norm_(graded, self.clip, norm)
+        optimiser = self._optimiser()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
 
-    def _optimise(self) -> None:
+    def _optimiser(self) -> torch.optim.Optimizer:
         if self.optimiser is None:
             raise TrainingError("no optimiser yet: call prepare or step first")
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.steps += 1
+        return self.optimiser
 
     def _foreign_step(self, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> float:
         loss = self.pair.loss_and_grads(batch, self.sizes, kl_weight, rows)
         value = loss[0] if isinstance(loss, tuple) else loss
-        gradients = [p.grad for p in self.parameters.values()]
+        gradients: list[Tensor | None] = [p.grad for p in self.parameters.values()]
         self._update(torch.as_tensor(float(value)), gradients, batch, rows)
         return float(value)
 

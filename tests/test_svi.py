@@ -241,7 +241,7 @@ def test_score_function_guide_trains() -> None:
 
     guide, x = Guess(), torch.full((4,), 2.0)
     loss = Trace_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, guide, partial(torch.optim.Adam, lr=0.1), loss)
+    svi = SVI(model, guide, partial(torch.optim.Adam, lr=0.1), loss, compile="trace", warm=5)
     with preserved_rng(0):
         for _ in range(60):
             svi.step(x)

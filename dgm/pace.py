@@ -1,0 +1,59 @@
+"""When a run is long enough for a graph of its step, and for a compiled one, to pay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Compile = Literal[False, "trace", "inductor", "auto"]
+Kind = Literal["eager", "trace", "inductor"]
+
+MODES: tuple[Compile, ...] = (False, "trace", "inductor", "auto")
+
+TRACE_SECONDS = 0.5
+"""What tracing a step costs (0.2 to 0.9 s over the zoo, `python -m dgm.benchmarks speed`)."""
+COMPILE_SECONDS = (4.0, 0.02)
+"""What compiling costs: so much, and so much for each operation of the graph (5 to 35 s over the zoo)."""
+SAVED = 0.5
+"""The share of a step's time that tracing saves on the eager step, and compiling on the traced one, at least."""
+SAMPLES = 5
+"""Steps that are timed before anything is decided."""
+
+
+@dataclass
+class Pace:
+    """The steps of one batch shape: how many, how long they take, and what `compile="auto"` makes of it.
+
+    A step goes over to the next kind where the time that it is expected to save in the rest of the run exceeds what the
+    change costs: remaining steps x time of a step x SAVED > cost. A run that nobody knows the end of is expected to
+    last as long again as it has lasted (never more than twice the best choice's time, as in the ski-rental problem).
+    """
+
+    eager: list[float] = field(default_factory=list)
+    trace: list[float] = field(default_factory=list)
+    done: int = 0
+
+    def add(self, kind: Kind, seconds: float) -> None:
+        """A step of this kind took so long; a few are enough."""
+        self.done += 1
+        times = {"eager": self.eager, "trace": self.trace}.get(kind)
+        if times is not None and len(times) < 4 * SAMPLES:
+            times.append(seconds)
+
+    def seconds(self, kind: Kind) -> float | None:
+        """Median time of a step of this kind, the first left out; None before enough were seen."""
+        times = sorted((self.eager if kind == "eager" else self.trace)[1:])
+        return times[len(times) // 2] if len(times) >= SAMPLES else None
+
+    def pays(self, kind: Kind, remaining: int | None, operations: int = 0) -> bool:
+        """Whether going over to this kind is expected to save more than it costs."""
+        seconds = self.seconds("eager" if kind == "trace" else "trace")
+        if seconds is None:
+            return False
+        left = self.done if remaining is None else remaining
+        return left * seconds * SAVED > cost(kind, operations)
+
+
+def cost(kind: Kind, operations: int) -> float:
+    """Seconds that the change to this kind is expected to take."""
+    return TRACE_SECONDS if kind == "trace" else COMPILE_SECONDS[0] + COMPILE_SECONDS[1] * operations

@@ -1,0 +1,150 @@
+"""The updates of Adam, AdamW and SGD as pure functions of tensors, so that they can be part of a step's graph.
+
+The optimiser stays torch's own: its options are read anew at each step (schedules cost no new graph) and its state is
+kept where it keeps it, so that a run may change between the optimiser itself and the rule at any step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Rule:
+    """One step of an optimiser: `(p, g, state, numbers) -> (p', state')`, elementwise.
+
+    Attributes:
+        slots: names of the optimiser's state tensors that are shaped as their parameter.
+    """
+
+    slots: tuple[str, ...] = ()
+
+    def numbers(self, group: dict[str, Any], step: int) -> list[float]:
+        """What the update of step 1, 2, ... takes from the options of a parameter group, as float64 numbers."""
+        raise NotImplementedError
+
+    def form(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What of the options decides the formula itself: another form needs another graph."""
+        raise NotImplementedError
+
+    def update(
+        self, p: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor], form: tuple[Any, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The new parameter and the new state; numbers are those of `numbers`, each broadcast over p."""
+        raise NotImplementedError
+
+
+class AdamRule(Rule):
+    """m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,  p = p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+
+    The two corrections are moved into the step size and eps: one division and one root for each parameter, and they are
+    what an update costs. (Kingma and Ba, "Adam: a method for stochastic optimization", 2015; decoupled decay: Loshchilov
+    and Hutter, "Decoupled weight decay regularization", 2019.)
+    """
+
+    slots = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, decoupled: bool):
+        self.decoupled = decoupled
+
+    def numbers(self, group: dict[str, Any], step: int) -> list[float]:
+        b1, b2 = (float(b) for b in group["betas"])
+        lr, eps, decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+        root = (1 - b2**step) ** 0.5
+        decay = 1 - lr * decay if self.decoupled else decay
+        return [lr * root / (1 - b1**step), eps * root, decay, 1 - b1, b2, 1 - b2]
+
+    def form(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (bool(group["weight_decay"]),)
+
+    def update(
+        self, p: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor], form: tuple[Any, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        (m, v), (size, eps, decay, rate, keep, take) = state, numbers
+        if form[0] and self.decoupled:
+            p = p * decay
+        elif form[0]:
+            g = g + decay * p
+        m = m + rate * (g - m)
+        v = keep * v + take * g * g
+        return p - size * m / (v.sqrt() + eps), [m, v]
+
+
+class SGDRule(Rule):
+    """b = mu b + g,  p = p - lr b;  Nesterov: p = p - lr (g + mu b)."""
+
+    slots = ("momentum_buffer",)
+
+    def numbers(self, group: dict[str, Any], step: int) -> list[float]:
+        return [float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])]
+
+    def form(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (bool(group["weight_decay"]), bool(group["momentum"]), bool(group["nesterov"]))
+
+    def update(
+        self, p: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor], form: tuple[Any, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        (lr, decay, momentum), (decays, moves, nesterov) = numbers, form
+        if decays:
+            g = g + decay * p
+        if not moves:
+            return p - lr * g, list(state)
+        b = momentum * state[0] + g
+        return p - lr * (g + momentum * b if nesterov else b), [b]
+
+
+def rule_of(optimiser: torch.optim.Optimizer) -> Rule | None:
+    """The rule of a torch optimiser; None for those that are only known as code.
+
+    >>> rule_of(torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)).slots
+    ('momentum_buffer',)
+    >>> rule_of(torch.optim.RMSprop([torch.zeros(2, requires_grad=True)])) is None
+    True
+    """
+    groups = optimiser.param_groups
+    if any(group.get("maximize") or group.get("differentiable") for group in groups):
+        return None
+    if type(optimiser) is torch.optim.SGD:
+        return None if any(group["dampening"] for group in groups) else SGDRule()
+    if type(optimiser) in (torch.optim.Adam, torch.optim.AdamW):
+        if any(group["amsgrad"] for group in groups):
+            return None
+        decoupled = {bool(g.get("decoupled_weight_decay", type(optimiser) is torch.optim.AdamW)) for g in groups}
+        return AdamRule(decoupled.pop()) if len(decoupled) == 1 else None
+    return None
+
+
+def state_of(optimiser: torch.optim.Optimizer, rule: Rule, parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The optimiser's state tensors of each parameter, made as the optimiser makes them where it has none yet."""
+    found = []
+    for p in parameters:
+        state = optimiser.state[p]
+        if isinstance(rule, AdamRule) and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            if any(g.get("fused") or g.get("capturable") for g in optimiser.param_groups):
+                state["step"] = state["step"].to(p.device)
+        for slot in rule.slots:
+            if state.get(slot) is None:
+                state[slot] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        found.append([state[slot] for slot in rule.slots])
+    return found
+
+
+def steps_of(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The step counters that the optimiser keeps for its parameters; SGD keeps none."""
+    return [optimiser.state[p]["step"] for p in parameters if "step" in optimiser.state.get(p, {})]
+
+
+def groups_of(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[int]:
+    """Which parameter group each parameter belongs to."""
+    where = {id(p): i for i, group in enumerate(optimiser.param_groups) for p in group["params"]}
+    return [where[id(p)] for p in parameters]
+
+
+def numbers_of(rule: Rule, optimiser: torch.optim.Optimizer, step: int) -> np.ndarray:
+    """The rule's numbers of every parameter group, `(groups, numbers)`, float64."""
+    return np.array([rule.numbers(group, step) for group in optimiser.param_groups])

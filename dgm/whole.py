@@ -1,0 +1,135 @@
+"""The whole step as one graph: loss, gradients, clipping, a guard against values that are not finite, and the update.
+
+Parameters and the optimiser's state are changed in place. Compiled, the graph is a few fused kernels; nothing of Pyro
+and nothing of Python stands between two of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .graph import Untraceable, one_line, trace
+from .rules import Rule
+
+log = logging.getLogger("dgm")
+
+Step = Callable[..., Any]
+
+
+class CompilerFailed(Exception):
+    """The compiler is missing or failed; the message is its first line."""
+
+
+def whole_step(
+    gradients: Step,
+    rule: Rule,
+    groups: Sequence[int],
+    forms: Sequence[tuple[Any, ...]],
+    unused: Sequence[bool],
+    clip: float | None,
+    replicas: bool = False,
+) -> Step:
+    """`(*parameters, *states, numbers, [alive], *rest) -> (2,) or (2, K)`: the loss and the gradient's norm.
+
+    Args:
+        gradients: `(*parameters, *rest) -> (loss, *gradients)`.
+        rule: the optimiser's update. groups: group of each parameter. forms: form of each group.
+        unused: parameters without a gradient; they are left as they are.
+        clip: largest norm of the gradient.
+        replicas: whether loss, gradients, parameters and numbers carry a replica axis `(K, ...)` in front. `alive`,
+            `(K,)` bool, is then changed in place: a replica whose loss or gradient is not finite is frozen for good.
+
+    A step that is not finite changes nothing: the last good parameters stay.
+    """
+    count, slots = len(groups), len(rule.slots)
+
+    def step(*inputs: Tensor) -> Tensor:
+        values, rest = list(inputs[:count]), list(inputs[count:])
+        states = [rest[i * slots : (i + 1) * slots] for i in range(count)]
+        numbers, rest = rest[count * slots], rest[count * slots + 1 :]
+        alive = rest.pop(0) if replicas else None
+        loss, *found = gradients(*values, *rest)
+        axis = 1 if replicas else 0
+        squares = [g.square().flatten(axis).sum(axis) for g, idle in zip(found, unused, strict=True) if not idle]
+        norm = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(loss)
+        good = torch.isfinite(loss + norm)
+        good = good if alive is None else good & alive
+        shrink = None if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+        for i, (p, g, state) in enumerate(zip(values, found, states, strict=True)):
+            if unused[i]:
+                continue
+            shape = (-1,) + (1,) * (p.dim() - 1) if replicas else ()
+            columns = [c.reshape(shape) for c in numbers[..., groups[i], :].unbind(-1)]
+            keep = good.reshape(shape)
+            g = g if shrink is None else g * shrink.reshape(shape)
+            new, moved = rule.update(p, g, state, columns, forms[groups[i]])
+            for old, fresh in zip([p, *state], [new, *moved], strict=True):
+                if fresh is not old:
+                    old.copy_(torch.where(keep, fresh, old))
+        if alive is not None:
+            alive.copy_(good)
+        return torch.stack([loss, norm])
+
+    return step
+
+
+def compile_step(step: Step, inputs: Sequence[Tensor]) -> Step:
+    """The step through torch's compiler, without the interpreter's frame in front of it.
+
+    The graph is given to the compiler as it is: nothing is guarded, nothing recompiles, and what is compiled once is
+    found again on disk by a later process.
+
+    Raises:
+        CompilerFailed: there is no C++ compiler, or the compiler does not take the graph.
+        Untraceable: the step has no graph.
+    """
+    import torch._inductor as inductor  # seconds to import: only who compiles pays
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(t, static_shapes=True) for t in inputs]
+    module = trace(step, fakes)
+    constants = _lift_constants(module)
+    try:
+        compiled = inductor.compile(module, [*fakes, *(mode.from_tensor(t, static_shapes=True) for t in constants)])
+    except Exception as error:  # of the compiler there is no list of what it raises
+        raise CompilerFailed(_cause(error)) from error
+
+    def run(*given: Tensor) -> Any:
+        return compiled(*given, *constants)
+
+    return run
+
+
+def _lift_constants(module: Any) -> list[Tensor]:
+    """Make inputs of the tensors that a trace met outside of its inputs (buffers): they are read at each step."""
+    graph, found = module.graph, {}
+    after = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        value = getattr(module, node.target, None)
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue  # numbers are folded into the code
+        if node.target not in found:
+            with graph.inserting_after(after):
+                after = graph.placeholder(f"constant_{len(found)}")
+                after.meta = dict(node.meta)
+            found[node.target] = (after, value)
+        node.replace_all_uses_with(found[node.target][0])
+        graph.erase_node(node)
+    module.recompile()
+    return [value for _, value in found.values()]
+
+
+def _cause(error: BaseException) -> str:
+    """What the compiler complains of, without its traceback of traces."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
+
+
+__all__ = ["CompilerFailed", "Untraceable", "compile_step", "whole_step"]
