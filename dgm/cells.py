@@ -16,8 +16,8 @@ from .errors import DGMError, without_shapes
 from .evaluate import evaluate, global_khat
 from .fit import fit
 from .pictures import pictures_of
-from .programs import preserved_rng
 from .psis import k_threshold
+from .starting import start_pair
 
 BATCH_SIZE = 100
 """Rows in a step unless told; data with fewer come in one batch."""
@@ -45,16 +45,6 @@ class Cell:
     per_datum: np.ndarray
     khat: np.ndarray
     pictures: dict[str, Any]
-
-
-def start_pair(
-    make: Callable[[], Any], guide: Callable[..., Any], seed: int, whole: tuple[Tensor, ...]
-) -> tuple[Any, Any]:
-    """A model and a guide whose starts depend on the seed alone: all guides meet the same model."""
-    with preserved_rng(seed):
-        model = make()
-    with preserved_rng(seed + 1_000_003):
-        return model, guide(model, *whole)
 
 
 def start(

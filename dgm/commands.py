@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from . import registry
-from .cells import start_pair
 from .checks import check_observed
 from .compare import compare
 from .data import check_batch_size
@@ -32,6 +31,7 @@ from .optim import adam
 from .programs import owner, preserved_rng, program_name
 from .resolve import Maker, data_of, is_file, model_of
 from .sites import latents
+from .starting import start_pair
 from .store import writable
 
 OK, SOME_FAILED, INTERRUPTED = 0, 1, 130

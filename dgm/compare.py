@@ -20,12 +20,13 @@ from .cells import BATCH_SIZE, Cell, Settings, run_cell, search
 from .data import as_tensors, split
 from .files import Dataset
 from .optim import adam
-from .preflight import check_model, check_options, checked_seeds, maker
+from .preflight import check_model, check_options, checked_seeds
 from .programs import preserved_rng, program_name
 from .provenance import provenance
 from .psis import k_threshold
 from .ranking import rank
 from .report import write_report
+from .starting import maker
 from .tables import format_table
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)

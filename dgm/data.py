@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from numbers import Number
 from typing import Any
 
@@ -49,18 +49,28 @@ def as_tensors(
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not dtype.is_floating_point:
         raise OptionError(f"dtype must be a floating dtype, not {dtype}; labels stay int64 by themselves")
-    arrays = _several(data)
-    labels = [*(names or ("x", "y")[: len(arrays)])]
-    labels += [f"array {i}" for i in range(len(labels), len(arrays))]
+    arrays = several(data)
+    labels = array_names(len(arrays), names)
     tensors = tuple(_tensor(array, label, dtype, device) for array, label in zip(arrays, labels, strict=False))
-    lengths = [len(t) for t in tensors]
-    if len(set(lengths)) > 1:
-        told = ", ".join(f"{label} has {n} rows" for label, n in zip(labels, lengths, strict=False))
-        raise DataError(f"{told}; row n of each array must be the same data point")
+    check_lengths(tensors, labels)
     return tensors
 
 
-def _several(data: Any) -> list[Any]:
+def array_names(count: int, names: Sequence[str] | None = None) -> list[str]:
+    """What messages call the arrays of one data set: x, y, array 2, ..."""
+    labels = [*(names or ("x", "y")[:count])]
+    return labels + [f"array {i}" for i in range(len(labels), count)]
+
+
+def check_lengths(arrays: Sequence[Sized], labels: Sequence[str]) -> None:
+    """Refuse arrays of different lengths by a DataError."""
+    lengths = [len(a) for a in arrays]
+    if len(set(lengths)) > 1:
+        told = ", ".join(f"{label} has {n} rows" for label, n in zip(labels, lengths, strict=False))
+        raise DataError(f"{told}; row n of each array must be the same data point")
+
+
+def several(data: Any) -> list[Any]:
     """A tuple is several arrays; a list is several only where it holds arrays, for [1, 2] is one array of numbers."""
     if isinstance(data, tuple | list) and len(data) and not all(isinstance(a, Number) for a in data):
         if isinstance(data, tuple) or any(isinstance(a, _ARRAYS) for a in data):
@@ -87,8 +97,8 @@ def _tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device | st
     label = raw.dim() == 1 and not raw.is_floating_point()
     result = raw.to(device=device, dtype=torch.int64 if label else dtype)
     if not label and not torch.isfinite(result).all():
-        _refuse_nonfinite(raw, name, columns)
-        _refuse_nonfinite(result, name, columns, f"too large for {dtype}")
+        refuse_nonfinite(raw, name, columns)
+        refuse_nonfinite(result, name, columns, f"too large for {dtype}")
     return result
 
 
@@ -115,15 +125,24 @@ def _from_numpy(value: Any, name: str, dtype: torch.dtype) -> Tensor:
     if array.dtype.kind not in "biuf":
         kind = f"a {type(value).__name__}" if array.dtype.kind == "O" else f"{array.dtype}"
         raise DataError(f"{name} is {kind} and not an array of numbers; give a tensor, numpy array or pandas frame")
+    # a copy: writable, native and contiguous
+    return torch.from_numpy(np.array(array, dtype=numpy_target(array, dtype), order="C"))
+
+
+def numpy_target(array: np.ndarray, dtype: torch.dtype) -> type:
+    """The numpy type by which an array of numbers becomes a tensor of `dtype`, or int64 labels."""
     if array.ndim == 1 and array.dtype.kind in "biu":
-        target: type = np.int64
-    else:
-        target = np.float64 if dtype == torch.float64 or array.dtype.itemsize > 4 else np.float32
-    return torch.from_numpy(np.array(array, dtype=target, order="C"))  # a copy: writable, native and contiguous
+        return np.int64
+    return np.float64 if dtype == torch.float64 or array.dtype.itemsize > 4 else np.float32
 
 
-def _refuse_nonfinite(t: Tensor, name: str, columns: list[str] | None = None, what: str | None = None) -> None:
-    """Raise a DataError that names the first column and the rows of values that are not finite."""
+def refuse_nonfinite(
+    t: Tensor, name: str, columns: list[str] | None = None, what: str | None = None, numbers: np.ndarray | None = None
+) -> None:
+    """Raise a DataError that names the first column and the rows of values that are not finite.
+
+    `numbers` are the row numbers where `t` holds some rows of a longer array.
+    """
     for kind, bad in (("NaN", torch.isnan(t)), ("inf", torch.isinf(t))):
         count = int(bad.sum())
         if not count:
@@ -137,11 +156,13 @@ def _refuse_nonfinite(t: Tensor, name: str, columns: list[str] | None = None, wh
         also = f", and so have {others} more columns" if others > 1 else ", and so has 1 more column" * others
         cure = "rescale it" if what else "drop or impute it"
         noun = f"value{'s' * (count > 1)} {what}" if what else kind
-        raise DataError(f"{where} has {count} {noun} ({_rows(bad)}){also}; {cure}")
+        raise DataError(f"{where} has {count} {noun} ({_rows(bad, numbers)}){also}; {cure}")
 
 
-def _rows(bad: Tensor) -> str:
+def _rows(bad: Tensor, numbers: np.ndarray | None = None) -> str:
     index = bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if bad.dim() else []
+    if numbers is not None:
+        index = sorted(numbers[index].tolist())
     shown = ", ".join(map(str, index[:5])) + (", ..." if len(index) > 5 else "")
     return f"row{'s' * (len(index) > 1)} {shown}" if index else "no rows"
 
@@ -176,15 +197,23 @@ def split(
     >>> len(train[0]), len(valid[1])
     (8, 2)
     """
+    train, valid = split_rows(len(tensors[0]), fraction, generator)
+    return tuple(t[train.to(t.device)] for t in tensors), tuple(t[valid.to(t.device)] for t in tensors)
+
+
+def split_rows(n: int, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The row numbers of the two parts that `split` makes of n rows; DataError where n < 2.
+
+    >>> [len(part) for part in split_rows(10, 0.2, torch.Generator().manual_seed(0))]
+    [8, 2]
+    """
     if not 0.0 < fraction < 1.0:
         raise OptionError(f"fraction must lie between 0 and 1, got {fraction}")
-    n = len(tensors[0])
     if n < 2:
         raise DataError(f"{n} rows cannot be split in two parts")
     held_out = min(max(round(fraction * n), 1), n - 1)
     order = torch.randperm(n, generator=generator, device=generator.device)
-    train, valid = order[:-held_out], order[-held_out:]
-    return tuple(t[train.to(t.device)] for t in tensors), tuple(t[valid.to(t.device)] for t in tensors)
+    return order[:-held_out], order[-held_out:]
 
 
 def batches(
@@ -243,7 +272,7 @@ def check_support(value: Any, distribution: Distribution, site: str) -> None:
     if value.numel() == 0:
         raise DataError(f"site {site!r}: the observed value is empty, shape {tuple(value.shape)}")
     if not torch.isfinite(value).all():
-        _refuse_nonfinite(value if value.dim() else value.reshape(1), f"the observed value of site {site!r}")
+        refuse_nonfinite(value if value.dim() else value.reshape(1), f"the observed value of site {site!r}")
     support = _elementary(distribution)
     if support is None:
         return

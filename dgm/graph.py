@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,7 +194,8 @@ def agrees(
             f"the graph gives {float(loss):.6g} where the program gives {float(eager):.6g}: its control flow "
             "depends on values"
         )
-    scale = max((float(g.abs().max()) for g in expected if g is not None and g.numel()), default=0.0)
+    sizes = (float(g.abs().max()) for g in expected if g is not None and g.numel())
+    scale = max((size for size in sizes if math.isfinite(size)), default=0.0)
     for name, mine, theirs in zip(names, gradients, expected, strict=True):
         if mine is None:
             continue

@@ -31,14 +31,13 @@ class Draw:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw it as the program itself would have: the same generator gives the same numbers."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        match self.kind:
-            case "normal":
-                return out.normal_(generator=generator)
-            case "uniform":
-                return out.uniform_(generator=generator)
-            case _:
-                return out.exponential_(generator=generator)
+        return self.fill(torch.empty(self.shape, dtype=self.dtype, device=self.device), generator)
+
+    def fill(self, out: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw it into a tensor that is there."""
+        if self.kind == "normal":
+            return out.normal_(generator=generator)
+        return out.uniform_(generator=generator) if self.kind == "uniform" else out.exponential_(generator=generator)
 
 
 class _Noise(TorchFunctionMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,40 +14,8 @@ from .data import check_batch_size
 from .errors import DGMError, ModelError, OptionError, did_you_mean
 from .fit import checked_seed, fit
 from .optim import adam
-from .programs import isolated, preserved_rng
+from .programs import preserved_rng
 from .sites import DATA_PLATE
-
-
-def maker(model: Any) -> Callable[[], Any]:
-    """A callable that makes the model anew: a maker itself, or one that copies a module.
-
-    Raises:
-        ModelError: a class that needs arguments.
-    """
-    if isinstance(model, nn.Module):
-        return lambda: copy.deepcopy(model)
-    try:
-        needed = [
-            p.name
-            for p in inspect.signature(model).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"model is {model!r}, expected a module, or a callable that makes one") from error
-    if not needed and (isinstance(model, type) or not inspect.signature(model).parameters):
-        return model
-    if not needed:  # a maker with options, or a program whose data have a default: only a call can tell
-        with isolated(), preserved_rng(0):
-            try:
-                made = model()
-            except Exception:
-                made = None
-        return model if callable(made) else lambda: model
-    if isinstance(model, type):
-        raise ModelError(
-            f"{model.__name__} needs {', '.join(needed)}: give an object, or a maker `lambda: {model.__name__}(...)`"
-        )
-    return lambda: model  # a program that takes the data: a plain function has no state to copy
 
 
 def check_options(

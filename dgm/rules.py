@@ -41,9 +41,9 @@ class Rule:
 class AdamRule(Rule):
     """m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,  p = p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
 
-    The two corrections are moved into the step size and eps: one division and one root for each parameter, and they are
-    what an update costs. (Kingma and Ba, "Adam: a method for stochastic optimization", 2015; decoupled decay: Loshchilov
-    and Hutter, "Decoupled weight decay regularization", 2019.)
+    The two corrections are moved into the step size and eps: one division and one root for each parameter, and they
+    are what an update costs. (Kingma and Ba, "Adam: a method for stochastic optimization", 2015; decoupled decay:
+    Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.)
     """
 
     slots = ("exp_avg", "exp_avg_sq")

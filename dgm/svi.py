@@ -86,7 +86,7 @@ class SVI(pyro.infer.SVI):
         warm: int | None = None,
         horizon: int | None = None,
     ):
-        if compile not in MODES or compile == 0 and compile is not False:
+        if compile is not False and compile not in MODES[1:]:
             raise OptionError(f"compile is {compile!r}, expected False, 'trace', 'inductor' or 'auto'")
         if clip is not None and not clip > 0:
             raise OptionError(f"clip is {clip!r}, expected a positive gradient norm or None")

@@ -55,9 +55,9 @@ def whole_step(
         numbers, rest = rest[count * slots], rest[count * slots + 1 :]
         alive = rest.pop(0) if replicas else None
         loss, *found = gradients(*values, *rest)
-        axis = 1 if replicas else 0
-        squares = [g.square().flatten(axis).sum(axis) for g, idle in zip(found, unused, strict=True) if not idle]
-        norm = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(loss)
+        rows = len(loss) if replicas else 1
+        squares = [g.square().reshape(rows, -1).sum(1) for g, idle in zip(found, unused, strict=True) if not idle]
+        norm = torch.stack(squares).sum(0).sqrt().reshape(loss.shape) if squares else torch.zeros_like(loss)
         good = torch.isfinite(loss + norm)
         good = good if alive is None else good & alive
         shrink = None if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
@@ -108,7 +108,8 @@ def compile_step(step: Step, inputs: Sequence[Tensor]) -> Step:
 
 def _lift_constants(module: Any) -> list[Tensor]:
     """Make inputs of the tensors that a trace met outside of its inputs (buffers): they are read at each step."""
-    graph, found = module.graph, {}
+    graph = module.graph
+    found: dict[str, tuple[Any, Tensor]] = {}
     after = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         value = getattr(module, node.target, None)

@@ -18,7 +18,7 @@ from dgm import Comparison, compare
 from dgm.errors import DataError, DGMError, ModelError, OptionError
 from dgm.guides import attached
 from dgm.guides.encoders import mlp
-from dgm.preflight import maker
+from dgm.starting import maker
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
 SHORT: dict[str, Any] = {"epochs": 2, "seeds": 1, "num_samples": 100, "batch_size": 12}

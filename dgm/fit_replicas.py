@@ -1,0 +1,345 @@
+"""Many trainings as one: `fit(..., replicas=...)`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data import as_tensors, split_rows
+from .errors import GuideError, OptionError, TrainingError
+from .feeding import Memory
+from .flush import flushed
+from .graph import Untraceable
+from .memory import SHARE, available, is_out_of_memory, step_bytes
+from .programs import preserved_rng
+from .replicas import Replicas
+from .starting import maker, start_pair
+from .training import Fit, Interrupted, Options, Run, checked_seed, move
+
+log = logging.getLogger("dgm")
+
+OWN = ("seed", "lr", "kl_weight", "rows")
+"""Columns of `replicas` with a meaning of their own; every other one is an argument of the model's maker."""
+
+
+class Table:
+    """What each replica has of its own: one column for each option, `(K,)`.
+
+    Raises:
+        OptionError: not a number of replicas or columns of one length; a seed or rate out of its domain.
+    """
+
+    def __init__(self, replicas: int | Mapping[str, Sequence[Any]], seed: int, lr: float, kl_weight: float):
+        columns: dict[str, list[Any]]
+        if isinstance(replicas, Mapping):
+            columns = {str(name): list(values) for name, values in replicas.items()}
+        elif isinstance(replicas, int) and not isinstance(replicas, bool):
+            columns = {"seed": [seed + k for k in range(replicas)]}
+        else:
+            raise OptionError(
+                f"replicas is {replicas!r}, expected a number, or columns such as {{'seed': range(20)}} or "
+                "{'seed': [0, 0], 'lr': [1e-3, 1e-2]}"
+            )
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) != 1 or not max(lengths.values()):
+            raise OptionError(
+                f"replicas has columns of {lengths or 'no'} entries, expected as many in each, at least 1"
+            )
+        self.count = next(iter(lengths.values()))
+        self.seeds = [checked_seed(s) for s in columns.get("seed", [seed] * self.count)]
+        self.rates = [float(rate) for rate in columns.get("lr", [lr] * self.count)]
+        self.kl = [float(weight) for weight in columns.get("kl_weight", [kl_weight] * self.count)]
+        if not all(0 <= weight < float("inf") for weight in self.kl):
+            raise OptionError(f"replicas['kl_weight'] is {self.kl}, expected numbers >= 0")
+        self.rows = columns.get("rows", [None] * self.count)
+        self.options = [{n: v[k] for n, v in columns.items() if n not in OWN} for k in range(self.count)]
+
+
+class Starts:
+    """Makes the pair of replica k, as often as it is asked for, always the same."""
+
+    def __init__(self, model: Any, guide: Any, table: Table, data: tuple[Tensor, ...], told: Options):
+        self.table, self.data, self.told = table, data, told
+        self.pairs: list[tuple[Any, Any]] | None = None
+        if isinstance(model, (list, tuple)) or isinstance(guide, (list, tuple)):
+            if not (isinstance(model, (list, tuple)) and isinstance(guide, (list, tuple))):
+                raise OptionError("give lists of models and guides, or makers of both")
+            if not len(model) == len(guide) == table.count:
+                raise OptionError(
+                    f"{len(model)} models and {len(guide)} guides for {table.count} replicas: one of each for each"
+                )
+            self.pairs = list(zip(model, guide, strict=True))
+            self.first: dict[int, Any] = {}
+            return
+        if isinstance(guide, nn.Module):
+            raise GuideError(
+                f"guide is a {type(guide).__name__}, one object for {table.count} replicas: give what makes it, "
+                "`(model, *batch) -> guide`, e.g. partial(Global, family=DiagonalNormal)"
+            )
+        options = any(table.options)
+        self.make = model if options and not isinstance(model, nn.Module) else maker(model)
+        if options and isinstance(model, nn.Module):
+            raise OptionError(
+                f"replicas has the column {next(iter(table.options[0]))!r}, which is no option of training: the model "
+                "must then be a maker that takes it by name"
+            )
+        self.guide = guide
+
+    def own(self, k: int) -> tuple[Tensor, ...]:
+        """All rows that replica k may see."""
+        rows = self.table.rows[k]
+        return self.data if rows is None else tuple(t[torch.as_tensor(rows, device=t.device)] for t in self.data)
+
+    def pair(self, k: int) -> tuple[Any, Any]:
+        seed = self.table.seeds[k]
+        if self.pairs is None:
+            whole = self.own(k)
+            if self.told.transform is not None:
+                whole = self.told.transform(whole, torch.Generator(whole[0].device).manual_seed(seed))
+            pair = start_pair(
+                self.make, self.guide, seed, whole, self.table.options[k], self.told.device, self.told.dtype
+            )
+            move(*pair, device=self.told.device, dtype=self.told.dtype)
+            return pair
+        model, guide = self.pairs[k]
+        modules = [m for m in (model, guide) if isinstance(m, nn.Module)]
+        if k not in self.first:
+            self.first[k] = [{n: v.detach().clone() for n, v in m.state_dict().items()} for m in modules]
+        for module, state in zip(modules, self.first[k], strict=True):
+            held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for name, value in held.items():
+                if name in state:
+                    value.data = state[name].clone()
+        return model, guide
+
+
+def fit_replicas(
+    model: Any,
+    guide: Any,
+    data: Sequence[Any],
+    replicas: int | Mapping[str, Sequence[Any]],
+    options: Options,
+) -> list[Fit]:
+    """See `dgm.fit`."""
+    table = Table(replicas, options.seed, options.lr, options.kl_weight)
+    tensors = as_tensors(data[0] if len(data) == 1 else tuple(data), device=options.device, dtype=options.dtype)
+    starts = Starts(model, guide, table, tensors, options)
+    groups: dict[int, list[int]] = {}
+    for k in range(table.count):
+        groups.setdefault(len(starts.own(k)[0]), []).append(k)  # splits of one length step side by side
+    done: dict[int, Fit] = {}
+    waiting = list(groups.values())
+    with tqdm(total=table.count, disable=not options.progress, unit="replica") as bar:
+        while waiting:
+            group = waiting.pop(0)
+            try:
+                part = _Group(starts, group, tensors, options).train()
+            except Interrupted as error:
+                done.update(error.fits)
+                error.fits = dict(sorted(done.items()))
+                raise
+            except Exception as error:
+                if not is_out_of_memory(error) or len(group) == 1:
+                    raise
+                half = len(group) // 2
+                log.warning("out of memory with %d replicas at once: going on with %d", len(group), half)
+                part = {}
+                waiting = [group[:half], group[half:], *waiting]
+            left = [k for k in group if k not in part]
+            if part and left:
+                waiting.insert(0, left)
+            done.update(part)
+            bar.update(len(part))
+    return [done[k] for k in range(table.count)]
+
+
+class _Group:
+    """Replicas that fit memory, in one stack."""
+
+    def __init__(self, starts: Starts, members: list[int], tensors: tuple[Tensor, ...], options: Options):
+        self.starts, self.options, self.tensors = starts, options, tensors
+        self.runs: list[Run] = []
+        self.sources: list[Memory] = []
+        self.members: list[int] = []
+        limit = len(members)
+        for k in members[:]:
+            if len(self.members) >= limit:
+                break
+            self.members.append(k)
+            self._add(k)
+            if len(self.members) == 1 and len(members) > 1:
+                limit = self._limit(len(members))
+
+    def _limit(self, wanted: int) -> int:
+        """How many replicas fit into the memory that is free."""
+        run = self.runs[0]
+        batch = self.sources[0].first()
+        rows = torch.arange(len(batch[0]), device=batch[0].device)
+        run.svi.prepare(*batch, rows=rows)
+        if run.svi.pair.pathwise is False:
+            return wanted
+        fits = int(SHARE * available(batch[0].device) / step_bytes(run.svi, batch, rows))
+        if fits < wanted:
+            log.info("%d replicas run %d at once: so many fit memory", wanted, max(1, fits))
+        return max(1, min(wanted, fits))
+
+    def _add(self, k: int) -> None:
+        options, table = self.options, self.starts.table
+        model, guide = self.starts.pair(k)
+        rows = table.rows[k]
+        own = None if rows is None else torch.as_tensor(rows, device=self.tensors[0].device).long()
+        held_out: tuple[Tensor, ...] | None = None
+        if isinstance(options.validation, float):
+            count = len(self.tensors[0]) if own is None else len(own)
+            train, valid = split_rows(count, options.validation, torch.Generator().manual_seed(table.seeds[k]))
+            train, valid = (train, valid) if own is None else (own[train], own[valid])
+            held_out = tuple(t[valid.to(t.device)] for t in self.tensors)
+            if options.transform is not None:
+                held_out = options.transform(held_out, torch.Generator(held_out[0].device).manual_seed(table.seeds[k]))
+            own = train
+        elif options.validation is not None:
+            held_out = as_tensors(options.validation, device=options.device, dtype=options.dtype)
+        source = Memory(self.tensors, options.batch_size, table.seeds[k], options.transform, own)
+        plan = options.plan(table.seeds[k], table.kl[k])
+        self.sources.append(source)
+        self.runs.append(options.run(model, guide, source, held_out, plan, table.rates[k], check=not self.runs))
+
+    def train(self) -> dict[int, Fit]:
+        """The fits by number of replica."""
+        if self.options.compile is False:
+            return self._one_by_one("compile is False")
+        seeds = [self.starts.table.seeds[k] for k in self.members]
+        owns = [source.own for source in self.sources]
+        own = None if owns[0] is None else torch.stack([o for o in owns if o is not None])
+        total = self.runs[0].plan.total(self.runs[0].source.steps)
+        engine = Replicas(
+            [run.svi for run in self.runs],
+            self.tensors,
+            seeds=seeds,
+            own=own,
+            compile=self.options.compile,
+            horizon=total,
+        )
+        with preserved_rng(seeds[0]), flushed():
+            try:
+                self._go(engine, total)
+            except Untraceable as error:
+                return self._one_by_one(str(error))
+            except KeyboardInterrupt as error:
+                engine.finish()
+                fits = {k: run.result("interrupted") for k, run in zip(self.members, self.runs, strict=True)}
+                raise Interrupted(fits[self.members[0]], fits) from error
+        engine.finish()
+        return {k: run.result(run.why) for k, run in zip(self.members, self.runs, strict=True)}
+
+    def _one_by_one(self, why: str) -> dict[int, Fit]:
+        """Where the pair does not allow replicas: the same trainings, one after another."""
+        log.warning("%d replicas run one after another: %s", len(self.members), why)
+        from .fit import fit
+
+        fits, table = {}, self.starts.table
+        for k in self.members:
+            model, guide = self.starts.pair(k)
+            single = self.options.single(table.seeds[k], table.rates[k], table.kl[k])
+            try:
+                fits[k] = fit(model, guide, self.starts.own(k), **single)
+            except TrainingError as error:
+                result: Fit = error.fit  # type: ignore[attr-defined]
+                result.error = str(error)
+                fits[k] = result
+        return fits
+
+    def _go(self, engine: Replicas, total: int) -> None:
+        epoch, first = 0, self.runs[0]
+        for run, source in zip(self.runs, self.sources, strict=True):
+            if run.held_out is not None and run.svi.optimiser is None:
+                batch = source.first()
+                run.svi.prepare(*batch, rows=torch.arange(len(batch[0]), device=batch[0].device))
+        schedulers: list[Any] = []
+        while engine.steps < total and bool(engine.alive.any()):
+            epoch += 1
+            start, cpu, begun = time.perf_counter(), time.process_time(), engine.steps
+            weights = [1.0] * len(self.runs)
+            orders = [source.order() for source in self.sources]
+            for parts in zip(*orders, strict=True):
+                weights = [run.plan.kl_weight(engine.steps, first.source.steps) for run in self.runs]
+                self._step(engine, parts, weights)
+                if not schedulers and self.options.schedule is not None:
+                    schedulers = [self._scheduler(run) for run in self.runs]
+                if first.plan.unit == "step":
+                    for scheduler in schedulers:
+                        scheduler.step()
+                if engine.steps >= total:
+                    break
+            if first.plan.unit == "epoch":
+                for scheduler in schedulers:
+                    scheduler.step()
+            spent = time.perf_counter() - start, time.process_time() - cpu
+            self._book(engine, epoch, begun, orders, weights, spent, engine.steps >= total)
+        for run in self.runs:
+            run.why = run.why or (f"{epoch} epochs" if first.plan.unit == "epoch" else f"{total} steps")
+
+    def _step(self, engine: Replicas, parts: Sequence[Tensor], weights: Sequence[float]) -> None:
+        transform = self.options.transform
+        if transform is not None:
+            made = [
+                transform(tuple(t[source.numbers(index)] for t in self.tensors), source.noise)
+                for source, index in zip(self.sources, parts, strict=True)
+            ]
+            batch = [torch.stack(items) for items in zip(*made, strict=True)]
+            engine.step(torch.stack(list(parts)), batch=batch, kl_weight=weights)
+        else:
+            engine.step(None if self.sources[0].whole else torch.stack(list(parts)), kl_weight=weights)
+
+    def _scheduler(self, run: Run) -> Any:
+        scheduler = self.options.schedule(run.svi.optimiser)  # type: ignore[misc,arg-type]
+        scheduler.optimizer._opt_called = True  # the step was made, by a graph
+        return scheduler
+
+    def _book(
+        self,
+        engine: Replicas,
+        epoch: int,
+        begun: int,
+        orders: Sequence[Sequence[Tensor]],
+        weights: Sequence[float],
+        spent: tuple[float, float],
+        last: bool,
+    ) -> None:
+        """Each replica's row of this epoch; who diverged is frozen and says so, who is done is frozen too."""
+        losses = engine.losses()  # (steps, 2, K)
+        share = len([run for run in self.runs if not run.why])
+        rows = [len(index) for index in orders[0][: engine.steps - begun]]
+        for k, run in enumerate(self.runs):
+            if run.why:
+                continue
+            bad = np.flatnonzero(~np.isfinite(losses[:, :, k]).all(1))
+            good = int(bad[0]) if len(bad) else len(losses)
+            run.svi.steps = begun + good
+            run.evaluations += sum(rows[:good]) * getattr(run.svi.pair.loss_fn, "num_particles", 1)
+            run.seconds += spent[0] / share
+            run.cpu_seconds += spent[1] / share
+            if good:
+                run.record(epoch, list(losses[:good, 0, k]), weights[k])
+            if len(bad):
+                what = "loss" if not np.isfinite(losses[good, 0, k]) else "gradient"
+                run.error = (
+                    f"replica {self.members[k]} (seed {run.plan.seed}), step {begun + good + 1}: the {what} is not "
+                    "finite; it is frozen with the parameters of its last good step. Train that seed alone to see the "
+                    "site, or try a smaller learning rate or clip=10"
+                )
+                run.why = f"a value was not finite at step {begun + good + 1}"
+                log.warning(run.error)
+            elif run.enough(epoch, last):
+                run.why = run.rule.reason if run.rule is not None else "enough"
+                engine.alive[k] = False
+
+
+__all__ = ["fit_replicas"]

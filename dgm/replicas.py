@@ -1,0 +1,237 @@
+"""Many trainings of one kind as one computation: seeds, splits, step sizes, prior scales side by side.
+
+Parameters, optimiser state, noise and numbers carry a replica axis (K, ...) in front; one vmap over it is the step of
+all. Replica k is the single run with its seed: its noise comes from its own generator, in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ModelError, OptionError
+from .flush import flushed
+from .graph import scalars
+from .pace import Compile
+from .replica_graph import ReplicaGraph
+from .rules import Rule, groups_of, numbers_of, rule_of, state_of, steps_of
+from .svi import SVI
+
+
+class Replicas:
+    """K pairs of one structure, trained as one.
+
+    Args:
+        svis: one for each replica, prepared by itself where it is not; their parameters become slices of one stack.
+        data: tensors with rows first, shared by all.
+        seeds: `(K,)` of each replica's noise; default 0 to K - 1.
+        own: rows of the data that replica k may use, `(K, N_k)`; None for all.
+        compile: "trace", "inductor" or "auto", see `SVI`.
+        horizon: how many steps the run will have, if that is known.
+
+    Attributes:
+        alive: `(K,)`; False for a replica that met a value that is not finite, or was stopped. It does not change any
+            more, and changes no other.
+
+    Raises:
+        ModelError: the replicas differ in the names or shapes of their parameters.
+        Untraceable: at the first step of a shape, where the pair has no graph or no vmap.
+    """
+
+    def __init__(
+        self,
+        svis: Sequence[SVI],
+        data: Sequence[Tensor],
+        *,
+        seeds: Sequence[int] | None = None,
+        own: Tensor | None = None,
+        compile: Compile = "auto",
+        horizon: int | None = None,
+    ):
+        if not svis:
+            raise OptionError("no replicas: give at least one")
+        if compile is False:
+            raise OptionError("replicas run as a graph: compile is 'trace', 'inductor' or 'auto'")
+        self.svis, self.data, self.own = list(svis), tuple(data), own
+        self.count, self.device = len(self.svis), self.data[0].device
+        chosen = range(self.count) if seeds is None else seeds
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed)) for seed in chosen]
+        self.compile, self.horizon = compile, horizon
+        self.alive = torch.ones(self.count, dtype=torch.bool, device=self.device)
+        self.steps = 0
+        self.uncompiled: str | None = None
+        self._trail: list[Tensor] = []
+        self._shapes: dict[Any, ReplicaGraph] = {}
+        self._kl: tuple[float, ...] | None = None
+        self.parameters: list[Tensor] = []
+
+    # --- the stack -------------------------------------------------------------------------------------------------
+
+    def _stack(self) -> None:
+        """Make one stack of every parameter and state; those of each replica become slices of it."""
+        first = self.svis[0].parameters
+        for k, svi in enumerate(self.svis[1:], 1):
+            theirs = {name: tuple(p.shape) for name, p in svi.parameters.items()}
+            for name, p in first.items():
+                if theirs.get(name) != tuple(p.shape):
+                    raise ModelError(
+                        f"replicas must have one structure: parameter {name!r} is {tuple(p.shape)} in replica 0 and "
+                        f"{theirs.get(name, 'missing')} in replica {k}; train them one by one"
+                    )
+            if len(theirs) != len(first):
+                extra = sorted(set(theirs) - set(first))[0]
+                raise ModelError(f"replicas must have one structure: replica {k} alone has the parameter {extra!r}")
+        optimisers = [svi._optimiser() for svi in self.svis]
+        each = [list(svi.parameters.values()) for svi in self.svis]  # (K, P)
+        self.parameters = [_joined([ps[i] for ps in each]) for i in range(len(first))]
+        rules = [rule_of(optimiser) for optimiser in optimisers]
+        self.rule = rules[0] if all(type(rule) is type(rules[0]) for rule in rules) else None
+        self.states: list[list[Tensor]] = []
+        if self.rule is None:
+            return
+        self.groups = groups_of(optimisers[0], each[0])
+        found = [state_of(o, self.rule, ps) for o, ps in zip(optimisers, each, strict=True)]  # (K, P, slots)
+        for i in range(len(first)):
+            self.states.append([])
+            for j, slot in enumerate(self.rule.slots):
+                stack = torch.stack([found[k][i][j] for k in range(self.count)])
+                self.states[i].append(stack)
+                for k, optimiser in enumerate(optimisers):
+                    optimiser.state[each[k][i]][slot] = stack[k]
+        counters = steps_of(optimisers[0], each[0])
+        self._started = int(counters[0]) if counters else 0
+        sample = numbers_of(self.rule, optimisers[0], 1)
+        like = self.parameters[0]
+        self._numbers = like.new_empty(self.count, *sample.shape)  # (K, groups, numbers)
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters in which the replicas differ, stacked; the others are read where they are."""
+
+        def fixed(svi: SVI) -> dict[str, Tensor]:
+            held = dict(svi.pair.owners.named_buffers())
+            held.update({n: p for n, p in svi.pair.owners.named_parameters() if not p.requires_grad})
+            return held
+
+        every = [fixed(svi) for svi in self.svis]
+        names = [n for n, v in every[0].items() if any(not _same(v, other.get(n)) for other in every[1:])]
+        for name in names:
+            for k, other in enumerate(every):
+                if name not in other or other[name].shape != every[0][name].shape:
+                    raise ModelError(f"replicas must have one structure: buffer {name!r} of replica {k} differs")
+        return {name: torch.stack([other[name].detach() for other in every]) for name in names}
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        index: Tensor | None = None,
+        *,
+        batch: Sequence[Tensor] | None = None,
+        kl_weight: float | Sequence[float] = 1.0,
+    ) -> None:
+        """One step of every replica that is alive.
+
+        Args:
+            index: `(K, B)`, rows of each replica's minibatch, among its own; None for all rows of the data.
+            batch: the minibatches themselves, `(K, B, ...)`, where they are no mere choice of rows.
+            kl_weight: weight of the latents' terms, one or one for each replica.
+        """
+        with torch.no_grad(), flushed():
+            start = time.perf_counter()
+            shape = self._shape(index, batch)
+            weights = (kl_weight,) * self.count if isinstance(kl_weight, (int, float)) else tuple(kl_weight)
+            if weights != self._kl:
+                self._kl = weights
+                parts = [scalars(s.sizes, w, self.parameters[0]) for s, w in zip(self.svis, weights, strict=True)]
+                self._scalars = torch.stack(parts)
+            for generator, views in zip(self.generators, shape.views, strict=True):
+                for view, draw in zip(views, shape.draws, strict=True):
+                    draw.fill(view, generator)
+            rest = [*shape.constants.values(), *shape.data(self, index, batch), *shape.noise, self._scalars]
+            if index is not None:
+                rest.append(index)
+            self.steps += 1
+            kind = shape.kind(self, rest)
+            self._trail.append(shape.run(self, rest))
+            shape.pace.add(kind, time.perf_counter() - start)
+
+    def _shape(self, index: Tensor | None, batch: Sequence[Tensor] | None) -> ReplicaGraph:
+        parts = (index, *(batch or ()))
+        key = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in parts)
+        if key not in self._shapes:
+            batches = [self._batch(k, index, batch) for k in range(self.count)]
+            rows = [None if index is None else index[k] for k in range(self.count)]
+            with torch.enable_grad():
+                if not self.parameters:
+                    for svi, items, chosen in zip(self.svis, batches, rows, strict=True):
+                        if svi.optimiser is None:
+                            svi.prepare(*items, rows=chosen)
+                    self._stack()
+                self._shapes[key] = ReplicaGraph(self, batches, rows, index is not None, batch is not None)
+        return self._shapes[key]
+
+    def _batch(self, k: int, index: Tensor | None, batch: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        if batch is not None:
+            return tuple(t[k] for t in batch)
+        if index is None:
+            return self.data if self.own is None else tuple(t[self.own[k]] for t in self.data)
+        chosen = index[k] if self.own is None else self.own[k][index[k]]
+        return tuple(t[chosen] for t in self.data)
+
+    def numbers(self) -> Tensor:
+        """The optimisers' numbers of this step, `(K, groups, numbers)`."""
+        made: dict[Any, np.ndarray] = {}
+        rows = []
+        for svi in self.svis:
+            optimiser: Any = svi.optimiser
+            key = tuple((g["lr"], g.get("betas"), g["weight_decay"], g.get("momentum")) for g in optimiser.param_groups)
+            if key not in made:
+                made[key] = numbers_of(self._rule(), optimiser, self._started + self.steps)
+            rows.append(made[key])
+        values = rows[0] if len(made) == 1 else np.stack(rows)
+        return self._numbers.copy_(torch.from_numpy(values))
+
+    def _rule(self) -> Rule:
+        if self.rule is None:
+            raise OptionError("this optimiser has no rule")
+        return self.rule
+
+    # --- what came of it -------------------------------------------------------------------------------------------
+
+    def losses(self) -> np.ndarray:
+        """Losses and gradient norms of the steps since the last call, `(steps, 2, K)`."""
+        trail, self._trail = self._trail, []
+        return torch.stack(trail).double().cpu().numpy() if trail else np.zeros((0, 2, self.count))
+
+    def finish(self) -> None:
+        """Give every replica its parameters and moments as tensors of its own, and the number of steps made."""
+        for svi, alive in zip(self.svis, self.alive.tolist(), strict=True):
+            for p in svi.parameters.values():
+                p.data = p.data.clone()
+                state = svi._optimiser().state.get(p, {})
+                state.update({n: v.clone() for n, v in state.items() if isinstance(v, Tensor) and v.dim()})
+            svi.steps = self.steps if alive else svi.steps
+            optimiser: Any = svi.optimiser
+            if optimiser is not None and self.rule is not None:
+                for counter in steps_of(optimiser, list(svi.parameters.values())):
+                    counter.fill_(self._started + self.steps)
+
+
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
+    """One stack `(K, ...)` of parameters, which become its slices."""
+    stack = torch.stack([p.detach() for p in parameters])
+    for k, p in enumerate(parameters):
+        p.data = stack[k]
+    return stack
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+__all__ = ["Replicas"]

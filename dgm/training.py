@@ -1,0 +1,308 @@
+"""A training in progress: its options, its history, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .checks import check_all_rows
+from .errors import OptionError, TrainingError
+from .feeding import Batch, Loaded, Memory, Transform
+from .heldout import HeldOut
+from .optim import adam
+from .pace import Compile
+from .programs import Program, owner, program_name
+from .sites import DATA_PLATE
+from .stopping import NoisyPlateau
+from .svi import SVI
+
+
+@dataclass
+class Fit:
+    """A trained pair and how it came about.
+
+    Attributes:
+        model, guide: the trained pair, in place.
+        history: one row for each epoch (or step): epoch, step, evaluations, elbo (training, nats a datum), kl_weight,
+            lr, valid_elbo and valid_se (nats a datum; NaN where not validated), seconds.
+        steps, evaluations: optimiser steps; model density evaluations (rows times particles).
+        seconds, cpu_seconds: wall-clock and process time of training, validation apart.
+        stopped: why training ended.
+        error: of a replica that met a value that is not finite; None for all others.
+        engine: how the steps ran: "eager", "trace" or "inductor", and why not faster.
+    """
+
+    model: Program
+    guide: Program
+    history: pd.DataFrame = field(default_factory=pd.DataFrame)
+    steps: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    stopped: str = ""
+    seed: int = 0
+    error: str | None = None
+    engine: str = ""
+
+    def __repr__(self) -> str:
+        last = f", elbo {self.history['elbo'].iloc[-1]:.4g} nats a datum" if len(self.history) else ""
+        return f"Fit({self.steps} steps in {self.seconds:.1f} s{last}; {self.stopped})"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `fit`; `fit` is what was finished, and the pair holds its last parameters.
+
+    fits: the same of each replica, by its number.
+    """
+
+    def __init__(self, fit: Fit, fits: dict[int, Fit] | None = None):
+        super().__init__(f"interrupted after {fit.steps} steps")
+        self.fit, self.fits = fit, fits or {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of one training that are numbers; checked once."""
+
+    epochs: int | None
+    steps: int | None
+    kl_warmup: float
+    seed: int
+    kl: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} is {value!r}, expected a positive whole number")
+        if (self.epochs is None) == (self.steps is None):
+            raise OptionError("give epochs or steps, one of them")
+        if not 0 <= self.kl_warmup < math.inf:
+            raise OptionError(f"kl_warmup is {self.kl_warmup!r}, expected a number of {self.unit}s >= 0")
+        if not 0 <= self.kl < math.inf:
+            raise OptionError(f"kl_weight is {self.kl!r}, expected a number >= 0; 1 for the ELBO")
+
+    @property
+    def unit(self) -> str:
+        return "epoch" if self.epochs is not None else "step"
+
+    def total(self, steps_per_epoch: int) -> int:
+        return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
+
+    def kl_weight(self, step: int, steps_per_epoch: int) -> float:
+        length = self.kl_warmup * (1 if self.unit == "step" else steps_per_epoch)
+        return self.kl if length == 0 else self.kl * min(1.0, (step + 1) / length)
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed as torch takes it.
+
+    Raises:
+        OptionError: not a whole number in [0, 2**63).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= int(seed) < 2**63:
+        raise OptionError(f"seed is {seed!r}, expected a whole number from 0 to 2**63 - 1")
+    return int(seed)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `fit` was told, checked once; see there."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    optim: Any = None
+    lr: float = 1e-3
+    loss: Any = None
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    clip: float | None = None
+    kl_warmup: float = 0.0
+    kl_weight: float = 1.0
+    validation: float | Any | None = None
+    validate_every: int = 1
+    patience: int | None = None
+    seed: int = 0
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    progress: bool = False
+    transform: Transform | None = None
+    sizes: Mapping[str, int] | None = None
+    compile: Compile = "auto"
+
+    def __post_init__(self) -> None:
+        self.plan(self.seed, self.kl_weight)
+        if self.patience is not None and self.validation is None:
+            raise OptionError("patience needs held-out data: give validation=0.1, or arrays")
+        if isinstance(self.validate_every, bool) or self.validate_every < 1:
+            raise OptionError(f"validate_every is {self.validate_every!r}, expected a number of epochs >= 1")
+
+    def plan(self, seed: int, kl_weight: float) -> Plan:
+        """How long, with which seed and KL weight; 100 epochs unless told."""
+        epochs = 100 if self.epochs is None and self.steps is None else self.epochs
+        return Plan(epochs, self.steps, self.kl_warmup, checked_seed(seed), kl_weight)
+
+    def single(self, seed: int, lr: float, kl_weight: float) -> dict[str, Any]:
+        """The arguments of `fit` for one replica."""
+        own = {"seed": seed, "lr": lr, "kl_weight": kl_weight, "progress": False}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | own
+
+    def run(
+        self,
+        model: Program,
+        guide: Program,
+        source: Memory | Loaded,
+        held_out: Batch | None,
+        plan: Plan,
+        lr: float,
+        check: bool = True,
+    ) -> Run:
+        """A training that is ready to go, its data checked against the model."""
+        full = dict(self.sizes) if self.sizes is not None else source.sizes(model)
+        plates = {DATA_PLATE, *full}
+        if check and isinstance(source, Memory):
+            tensors = source.all_rows()
+            check_all_rows(model, tensors, plates, whole=source.whole, transform=self.transform)
+        if check and held_out is not None:
+            check_all_rows(model, held_out, plates)
+        optim = self.optim if self.optim is not None else adam(lr)
+        horizon = plan.total(source.steps)
+        svi = SVI(model, guide, optim, self.loss, sizes=full, compile=self.compile, clip=self.clip, horizon=horizon)
+        held = HeldOut(model, guide, held_out, sizes=full) if held_out is not None else None
+        run = Run(svi, plan, source, held)
+        run.validate_every = self.validate_every
+        run.rule = NoisyPlateau(self.patience) if self.patience is not None else None
+        return run
+
+
+class Run:
+    """One training in progress."""
+
+    rule: NoisyPlateau | None = None
+    validate_every: int = 1
+    error: str | None = None
+    why: str = ""  # why it ended, once it has
+    engine: str = ""
+
+    def __init__(self, svi: SVI, plan: Plan, source: Memory | Loaded, held_out: HeldOut | None):
+        self.svi, self.plan, self.source, self.held_out = svi, plan, source, held_out
+        self.rows: list[dict[str, float]] = []
+        self.evaluations = 0
+        self.seconds = self.cpu_seconds = 0.0
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+
+    def go(self, schedule: Callable[[torch.optim.Optimizer], Any] | None, bar: Any) -> Fit:
+        try:
+            return self.result(self._train(schedule, bar))
+        except TrainingError as error:
+            error.fit = self.result("a value was not finite")  # type: ignore[attr-defined]
+            raise
+        except KeyboardInterrupt as error:
+            raise Interrupted(self.result("interrupted")) from error
+
+    def _train(self, schedule: Callable[[torch.optim.Optimizer], Any] | None, bar: Any) -> str:
+        total = self.plan.total(self.source.steps)
+        scheduler: Any = None
+        epoch = 0
+        if self.held_out is not None and isinstance(self.source, Memory):
+            first = self.source.first()
+            self.svi.prepare(*first, rows=torch.arange(len(first[0]), device=first[0].device))
+            self.held_out.samplers()  # a guide that cannot serve rows it was not trained on says so before the start
+        while self.svi.steps < total:
+            epoch += 1
+            start, cpu = time.perf_counter(), time.process_time()
+            losses, weight = [], 1.0
+            for batch, rows in self.source.epoch():
+                weight = self.plan.kl_weight(self.svi.steps, self.source.steps)
+                losses.append(self.svi.step(*batch, rows=rows, kl_weight=weight))
+                self.evaluations += len(batch[0]) * getattr(self.svi.pair.loss_fn, "num_particles", 1)
+                if scheduler is None and schedule is not None:
+                    scheduler = schedule(self.svi.optimiser)  # type: ignore[arg-type]
+                    scheduler.optimizer._opt_called = True  # the step was before the scheduler was made, on purpose
+                if scheduler is not None and self.plan.unit == "step":
+                    scheduler.step()
+                bar.update()
+                if self.svi.steps >= total:
+                    break
+            if scheduler is not None and self.plan.unit == "epoch":
+                scheduler.step()
+            self.seconds += time.perf_counter() - start
+            self.cpu_seconds += time.process_time() - cpu
+            self.record(epoch, losses, weight)
+            bar.set_postfix_str(f"elbo {self.rows[-1]['elbo']:.4g}", refresh=False)
+            if self.enough(epoch, self.svi.steps >= total):
+                return self.rule.reason if self.rule is not None else ""
+        return f"{epoch} epochs" if self.plan.unit == "epoch" else f"{total} steps"
+
+    def record(self, epoch: int, losses: Sequence[float], weight: float) -> None:
+        optimiser = self.svi.optimiser
+        self.rows.append(
+            {
+                "epoch": epoch,
+                "step": self.svi.steps,
+                "evaluations": self.evaluations,
+                "elbo": -float(np.mean(losses)) / self.source.rows,
+                "kl_weight": weight,
+                "lr": optimiser.param_groups[0]["lr"] if optimiser is not None else math.nan,
+                "valid_elbo": math.nan,
+                "valid_se": math.nan,
+                "seconds": self.seconds,
+            }
+        )
+
+    def enough(self, epoch: int, last: bool) -> bool:
+        """Validate where it is time; whether the rule says that it is enough."""
+        if self.held_out is None or (epoch % self.validate_every and not last):
+            return False
+        per_datum = self.held_out.bound(seed=self.plan.seed)
+        value, error = float(per_datum.mean()), float(per_datum.std() / math.sqrt(len(per_datum)))
+        self.rows[-1].update(valid_elbo=value, valid_se=error)
+        if self.rule is None:
+            return False
+        if self.best is None or value > self.best[0]:
+            self.best = (value, {n: p.detach().clone() for n, p in self.svi.parameters.items()})
+        return self.rule.update(value, error, per_datum)
+
+    def result(self, why: str) -> Fit:
+        if self.best is not None:
+            with torch.no_grad():
+                for name, parameter in self.svi.parameters.items():
+                    parameter.copy_(self.best[1][name])
+            why += "; the best validated parameters are kept"
+        return Fit(
+            self.svi.model,
+            self.svi.guide,
+            pd.DataFrame(self.rows),
+            self.svi.steps,
+            self.evaluations,
+            self.seconds,
+            self.cpu_seconds,
+            why,
+            self.plan.seed,
+            self.error,
+            self.engine or self._engine(),
+        )
+
+    def _engine(self) -> str:
+        reason = self.svi.fallback or self.svi.uncompiled
+        return self.svi.kind + (f" ({reason})" if reason else "")
+
+
+def move(*programs: Program, device: Any = None, dtype: Any = None) -> None:
+    """Programs that are modules to a device and a floating type."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise OptionError(f"dtype is {dtype}, expected a floating one such as torch.float64; labels stay int64")
+    for program in programs:
+        if isinstance(program, type):
+            raise OptionError(f"{program_name(program)} is a class, expected an object: call it first")
+        module = owner(program)
+        if module is not None and (device is not None or dtype is not None):
+            nn.Module.to(module, device=device, dtype=dtype)
