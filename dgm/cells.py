@@ -1,9 +1,9 @@
-"""One cell of a comparison: a guide trained and evaluated with one seed, and the search of its step size."""
+"""The cells of a comparison: a guide trained with every seed at once, evaluated, and the search of its step size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .errors import DGMError, without_shapes
+from .errors import DGMError, TrainingError, without_shapes
 from .evaluate import evaluate, global_khat
-from .fit import fit
+from .fit import Fit, fit
 from .pictures import pictures_of
 from .psis import k_threshold
 from .starting import start_pair
@@ -58,27 +58,26 @@ def start(
 def search(
     make: Callable[[], Any], guide: Callable[..., Any], seed: int, train: tuple[Tensor, ...], settings: Settings
 ) -> tuple[float, int]:
-    """The step size with the best bound on a validation part, and what finding it cost."""
-    best, cost = (-math.inf, settings.lr), 0
-    for lr in settings.search:
-        model, attached = start(make, guide, seed, train, settings)
-        try:
-            result = fit(
-                model,
-                attached,
-                train,
-                epochs=settings.search_epochs,
-                batch_size=_fitting(settings.batch_size, train),
-                lr=lr,
-                seed=seed,
-                **{**settings.fit_options, "validation": 0.2, "validate_every": settings.search_epochs},
-            )
-        except DGMError:
-            continue  # this step size diverges, or the pair is wrong, which the cell itself will say
-        cost += result.evaluations
-        value = float(result.history["valid_elbo"].iloc[-1])
-        best = max(best, (value, lr)) if math.isfinite(value) else best
-    return best[1], cost
+    """The step size with the best bound on a validation part, and what finding it cost; all are trained at once."""
+    options = {**settings.fit_options, "validation": 0.2, "validate_every": settings.search_epochs}
+    try:
+        fits = fit(
+            make,
+            guide,
+            train,
+            epochs=settings.search_epochs,
+            batch_size=_fitting(settings.batch_size, train),
+            replicas={"seed": [seed] * len(settings.search), "lr": settings.search},
+            **options,
+        )
+    except DGMError:
+        return settings.lr, 0  # the pair is wrong, which the cell itself will say
+    best = (-math.inf, settings.lr)
+    for lr, result in zip(settings.search, fits, strict=True):
+        if result.error is None:
+            value = float(result.history["valid_elbo"].iloc[-1])
+            best = max(best, (value, lr)) if math.isfinite(value) else best
+    return best[1], sum(result.evaluations for result in fits)
 
 
 def _fitting(batch_size: int | None, train: tuple[Tensor, ...]) -> int | None:
@@ -86,32 +85,51 @@ def _fitting(batch_size: int | None, train: tuple[Tensor, ...]) -> int | None:
     return None if batch_size is None else min(batch_size, max(1, int(0.8 * len(train[0]))))
 
 
-def run_cell(
+def run_cells(
     make: Callable[[], Any],
     name: str,
     guide: Callable[..., Any],
-    seed: int,
+    seeds: Sequence[int],
     train: tuple[Tensor, ...],
     held_out: tuple[Tensor, ...],
     info: Mapping[str, Any],
     settings: Settings,
     rate: tuple[float, int],
-) -> Cell:
-    """Train one guide with one seed and evaluate it; an error becomes the status of its row."""
-    row: dict[str, Any] = {"guide": name, "seed": seed, "status": "ok", "lr": rate[0], "search_evaluations": rate[1]}
-    empty = Cell(row, pd.DataFrame(), np.zeros(0), np.zeros(0), {})
+) -> Iterator[Cell]:
+    """Train one guide with all seeds at once, and evaluate each; an error becomes the status of its rows."""
+    fits: Sequence[Fit | Exception]
     try:
-        model, attached = start(make, guide, seed, train, settings)
-        result = fit(
-            model,
-            attached,
+        fits = fit(
+            make,
+            guide,
             train,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             lr=rate[0],
-            seed=seed,
+            replicas={"seed": list(seeds)},
             **settings.fit_options,
         )
+    except Exception as error:
+        fits = [error] * len(seeds)
+    for seed, result in zip(seeds, fits, strict=True):
+        row = {"guide": name, "seed": seed, "status": "ok", "lr": rate[0], "search_evaluations": rate[1]}
+        yield _evaluated(row, result, train, held_out, info, settings)
+
+
+def _evaluated(
+    row: dict[str, Any],
+    result: Fit | Exception,
+    train: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...],
+    info: Mapping[str, Any],
+    settings: Settings,
+) -> Cell:
+    empty, seed = Cell(row, pd.DataFrame(), np.zeros(0), np.zeros(0), {}), int(row["seed"])
+    try:
+        if isinstance(result, Exception):
+            raise result
+        if result.error is not None:
+            raise TrainingError(result.error)
         scores = evaluate(
             result.model, result.guide, held_out, num_samples=settings.num_samples, y_std=info["y_std"], seed=seed
         )
@@ -132,7 +150,7 @@ def run_cell(
         khat = np.array([global_khat(result.model, result.guide, *train, seed=seed)])
         if np.isfinite(khat).all():
             row.update(khat_bad=float(khat[0] > k_threshold(1000)), khat_median=float(khat[0]))
-    history = result.history.assign(guide=name, seed=seed)
+    history = result.history.assign(guide=row["guide"], seed=seed)
     drawn = pictures_of(result.model, result.guide, held_out, info, seed)
     return Cell(row, history, scores.per_datum["bound"].to_numpy(), khat[~np.isnan(khat)], drawn)
 

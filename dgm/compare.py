@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .cells import BATCH_SIZE, Cell, Settings, run_cell, search
+from .cells import BATCH_SIZE, Cell, Settings, run_cells, search
 from .data import as_tensors, split
 from .files import Dataset
 from .optim import adam
@@ -144,7 +144,8 @@ def compare(
         adam(rate)  # refuses a bad step size now
     chosen = checked_seeds(seeds)
     supervised = check_model(make, guides, chosen[0], train, held_out, settings)
-    work = [(name, guide, seed) for seed in chosen for name, guide in guides.items()]
+    parts = _parts(chosen, -(-jobs // len(guides)))
+    work = [(name, guide, part) for part in parts for name, guide in guides.items()]
     rates: dict[str, tuple[float, int]] = {name: (lr, 0) for name in guides}
     started, cells, interrupted = time.perf_counter(), [], False
     try:
@@ -152,13 +153,14 @@ def compare(
             tasks = [joblib.delayed(search)(make, guide, chosen[0], train, settings) for guide in guides.values()]
             rates = dict(zip(guides, _run(tasks, jobs), strict=True))
         tasks = [
-            joblib.delayed(run_cell)(make, name, guide, seed, train, held_out, info, settings, rates[name])
-            for name, guide, seed in work
+            joblib.delayed(run_cells)(make, name, guide, part, train, held_out, info, settings, rates[name])
+            for name, guide, part in work
         ]
-        for cell in _run(tasks, jobs):
-            cells.append(cell)
-            if progress:
-                _tell(cell, len(cells), len(work))
+        for several in _run(tasks, jobs):
+            for cell in several:
+                cells.append(cell)
+                if progress:
+                    _tell(cell, len(cells), len(chosen) * len(guides))
     except KeyboardInterrupt:
         interrupted = True
         if not cells:
@@ -166,6 +168,11 @@ def compare(
     meta = _meta(make, info, train, held_out, chosen, settings, supervised, title, jobs)
     meta.update(interrupted=interrupted, elapsed_seconds=time.perf_counter() - started)
     return _collect(cells, list(guides), meta, num_samples)
+
+
+def _parts(seeds: Sequence[int], parts: int) -> list[list[int]]:
+    """Seeds in so many parts, for more workers than guides; otherwise all seeds of a guide are trained at once."""
+    return [list(part) for part in np.array_split(np.array(seeds, dtype=object), min(parts, len(seeds)))]
 
 
 def _rates(search_lr: bool | Sequence[float]) -> tuple[float, ...]:
@@ -196,7 +203,14 @@ def _run(tasks: list[Any], jobs: int) -> Iterator[Any]:
             yield function(*args, **kwargs)
         return
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        yield from joblib.Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator")(tasks)
+        whole = [joblib.delayed(_whole)(function, *args, **kwargs) for function, args, kwargs in tasks]
+        yield from joblib.Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator")(whole)
+
+
+def _whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A worker cannot hand cells over one by one."""
+    result = function(*args, **kwargs)
+    return list(result) if isinstance(result, Iterator) else result
 
 
 def _tell(cell: Cell, done: int, total: int) -> None:

@@ -140,7 +140,8 @@ def fit_replicas(
         while waiting:
             group = waiting.pop(0)
             try:
-                part = _Group(starts, group, tensors, options).train()
+                whole = options.compile is not False
+                part = _Group(starts, group, tensors, options).train() if whole else one_by_one(starts, group, options)
             except Interrupted as error:
                 done.update(error.fits)
                 error.fits = dict(sorted(done.items()))
@@ -158,6 +159,25 @@ def fit_replicas(
             done.update(part)
             bar.update(len(part))
     return [done[k] for k in range(table.count)]
+
+
+def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict[int, Fit]:
+    """Where the pair does not allow replicas: the same trainings, one after another."""
+    from .fit import fit
+
+    fits, table = {}, starts.table
+    for k in members:
+        model, guide = starts.pair(k)
+        single = options.single(table.seeds[k], table.rates[k], table.kl[k])
+        try:
+            fits[k] = fit(model, guide, starts.own(k), **single)
+        except TrainingError as error:
+            result: Fit = error.fit  # type: ignore[attr-defined]
+            result.error = str(error)
+            fits[k] = result
+        except Interrupted as error:
+            raise Interrupted(error.fit, {**fits, k: error.fit}) from error
+    return fits
 
 
 class _Group:
@@ -213,8 +233,6 @@ class _Group:
 
     def train(self) -> dict[int, Fit]:
         """The fits by number of replica."""
-        if self.options.compile is False:
-            return self._one_by_one("compile is False")
         seeds = [self.starts.table.seeds[k] for k in self.members]
         owns = [source.own for source in self.sources]
         own = None if owns[0] is None else torch.stack([o for o in owns if o is not None])
@@ -231,30 +249,14 @@ class _Group:
             try:
                 self._go(engine, total)
             except Untraceable as error:
-                return self._one_by_one(str(error))
+                log.warning("%d replicas run one after another: %s", len(self.members), error)
+                return one_by_one(self.starts, self.members, self.options)
             except KeyboardInterrupt as error:
                 engine.finish()
                 fits = {k: run.result("interrupted") for k, run in zip(self.members, self.runs, strict=True)}
                 raise Interrupted(fits[self.members[0]], fits) from error
         engine.finish()
         return {k: run.result(run.why) for k, run in zip(self.members, self.runs, strict=True)}
-
-    def _one_by_one(self, why: str) -> dict[int, Fit]:
-        """Where the pair does not allow replicas: the same trainings, one after another."""
-        log.warning("%d replicas run one after another: %s", len(self.members), why)
-        from .fit import fit
-
-        fits, table = {}, self.starts.table
-        for k in self.members:
-            model, guide = self.starts.pair(k)
-            single = self.options.single(table.seeds[k], table.rates[k], table.kl[k])
-            try:
-                fits[k] = fit(model, guide, self.starts.own(k), **single)
-            except TrainingError as error:
-                result: Fit = error.fit  # type: ignore[attr-defined]
-                result.error = str(error)
-                fits[k] = result
-        return fits
 
     def _go(self, engine: Replicas, total: int) -> None:
         epoch, first = 0, self.runs[0]
