@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .graph import Graph
-from .rules import Rule, groups_of, numbers_of, rule_of, state_of, steps_of
+from .rules import Counter, Rule, groups_of, numbers_of, rule_of, state_of
 from .whole import compile_step, whole_step
 
 
@@ -28,11 +28,13 @@ class CompiledStep:
         parameters: Mapping[str, Tensor],
         clip: float | None,
         inputs: Sequence[Tensor],
+        counter: Counter,
     ):
-        self.graph, self.optimiser, self.clip = graph, optimiser, clip
+        self.graph, self.optimiser, self.clip, self.counter = graph, optimiser, clip, counter
         self.parameters = list(parameters.values())
         self.rule = rule_of(optimiser)
         self.forms: list[tuple[object, ...]] = []
+        self.states: list[Tensor] = []
         if self.rule is None:
             self.run = compile_step(graph.module.forward, inputs)
         else:
@@ -46,12 +48,13 @@ class CompiledStep:
 
     def _inputs(self, rule: Rule, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The inputs of a step with the optimiser's state and this step's numbers behind the parameters."""
-        states = [s for state in state_of(self.optimiser, rule, self.parameters) for s in state]
-        self.counters = steps_of(self.optimiser, self.parameters)
-        step = int(self.counters[0]) if self.counters else 0
-        numbers = torch.from_numpy(numbers_of(rule, self.optimiser, step + 1))
+        kept = self.optimiser.state.get(self.parameters[0], {}).get(rule.slots[0]) if rule.slots else None
+        if rule.slots and (not self.states or kept is not self.states[0]):  # a state that was loaded is another one
+            self.states = [s for state in state_of(self.optimiser, rule, self.parameters) for s in state]
+            self.counter.read()
+        numbers = torch.from_numpy(numbers_of(rule, self.optimiser, self.counter.steps + 1))
         like, count = self.parameters[0], len(self.parameters)
-        return [*inputs[:count], *states, numbers.to(like.device, like.dtype), *inputs[count:]]
+        return [*inputs[:count], *self.states, numbers.to(like.device, like.dtype), *inputs[count:]]
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[float, float]:
         """One step; the loss before it and the norm of its gradient. Where one is not finite nothing was changed."""
@@ -61,9 +64,8 @@ class CompiledStep:
             self._compile(self.rule, inputs)  # somebody changed the formula, e.g. gave it a weight decay
         with torch.no_grad():
             loss, norm = self.run(*self._inputs(self.rule, inputs)).tolist()
-            finite = loss - loss == 0 and norm - norm == 0
-            if finite and self.counters:
-                torch._foreach_add_(self.counters, 1)
+        if loss - loss == 0 and norm - norm == 0:
+            self.counter.pending += 1
         self.optimiser._opt_called = True  # type: ignore[attr-defined]  # what a scheduler asks for
         return loss, norm
 

@@ -256,6 +256,8 @@ class _Group:
                 fits = {k: run.result("interrupted") for k, run in zip(self.members, self.runs, strict=True)}
                 raise Interrupted(fits[self.members[0]], fits) from error
         engine.finish()
+        for run in self.runs:
+            run.engine = f"{engine.engine}, {len(self.runs)} replicas"
         return {k: run.result(run.why) for k, run in zip(self.members, self.runs, strict=True)}
 
     def _go(self, engine: Replicas, total: int) -> None:

@@ -144,7 +144,7 @@ class Graph:
     ) -> list[Tensor]:
         """The inputs in the order of the layout."""
         values = [p.detach() for p in parameters.values()]
-        flat = [*values, *(batch[i] for i in self.layout.places), *noise, numbers]
+        flat = [*values, *(batch[i].contiguous() for i in self.layout.places), *noise, numbers]
         return [*flat, rows] if rows is not None else flat
 
     def _verify(

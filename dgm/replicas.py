@@ -17,9 +17,9 @@ from torch import Tensor
 from .errors import ModelError, OptionError
 from .flush import flushed
 from .graph import scalars
-from .pace import Compile
+from .pace import Compile, Kind
 from .replica_graph import ReplicaGraph
-from .rules import Rule, groups_of, numbers_of, rule_of, state_of, steps_of
+from .rules import Counter, Rule, groups_of, numbers_of, rule_of, state_of
 from .svi import SVI
 
 
@@ -65,6 +65,7 @@ class Replicas:
         self.alive = torch.ones(self.count, dtype=torch.bool, device=self.device)
         self.steps = 0
         self.uncompiled: str | None = None
+        self.kind: Kind = "trace"
         self._trail: list[Tensor] = []
         self._shapes: dict[Any, ReplicaGraph] = {}
         self._kl: tuple[float, ...] | None = None
@@ -103,8 +104,8 @@ class Replicas:
                 self.states[i].append(stack)
                 for k, optimiser in enumerate(optimisers):
                     optimiser.state[each[k][i]][slot] = stack[k]
-        counters = steps_of(optimisers[0], each[0])
-        self._started = int(counters[0]) if counters else 0
+        self._counters = [Counter(o, ps) for o, ps in zip(optimisers, each, strict=True)]
+        self._started = self._counters[0].steps
         sample = numbers_of(self.rule, optimisers[0], 1)
         like = self.parameters[0]
         self._numbers = like.new_empty(self.count, *sample.shape)  # (K, groups, numbers)
@@ -156,9 +157,9 @@ class Replicas:
             if index is not None:
                 rest.append(index)
             self.steps += 1
-            kind = shape.kind(self, rest)
+            self.kind = shape.kind(self, rest)
             self._trail.append(shape.run(self, rest))
-            shape.pace.add(kind, time.perf_counter() - start)
+            shape.pace.add(self.kind, time.perf_counter() - start)
 
     def _shape(self, index: Tensor | None, batch: Sequence[Tensor] | None) -> ReplicaGraph:
         parts = (index, *(batch or ()))
@@ -203,6 +204,11 @@ class Replicas:
 
     # --- what came of it -------------------------------------------------------------------------------------------
 
+    @property
+    def engine(self) -> str:
+        """How the last step ran, and why not faster."""
+        return self.kind + (f" ({self.uncompiled})" if self.uncompiled is not None else "")
+
     def losses(self) -> np.ndarray:
         """Losses and gradient norms of the steps since the last call, `(steps, 2, K)`."""
         trail, self._trail = self._trail, []
@@ -216,10 +222,9 @@ class Replicas:
                 state = svi._optimiser().state.get(p, {})
                 state.update({n: v.clone() for n, v in state.items() if isinstance(v, Tensor) and v.dim()})
             svi.steps = self.steps if alive else svi.steps
-            optimiser: Any = svi.optimiser
-            if optimiser is not None and self.rule is not None:
-                for counter in steps_of(optimiser, list(svi.parameters.values())):
-                    counter.fill_(self._started + self.steps)
+        for counter in self._counters if self.rule is not None else ():
+            counter.pending = self._started + self.steps - counter.base
+            counter.write()
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:

@@ -77,7 +77,8 @@ class AdamRule(Rule):
 class SGDRule(Rule):
     """b = mu b + g,  p = p - lr b;  Nesterov: p = p - lr (g + mu b)."""
 
-    slots = ("momentum_buffer",)
+    def __init__(self, moves: bool):
+        self.slots = ("momentum_buffer",) if moves else ()
 
     def numbers(self, group: dict[str, Any], step: int) -> list[float]:
         return [float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])]
@@ -100,16 +101,19 @@ class SGDRule(Rule):
 def rule_of(optimiser: torch.optim.Optimizer) -> Rule | None:
     """The rule of a torch optimiser; None for those that are only known as code.
 
-    >>> rule_of(torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)).slots
+    >>> rule_of(torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1, momentum=0.9)).slots
     ('momentum_buffer',)
     >>> rule_of(torch.optim.RMSprop([torch.zeros(2, requires_grad=True)])) is None
     True
     """
     groups = optimiser.param_groups
+    if optimiser._optimizer_step_pre_hooks or optimiser._optimizer_step_post_hooks:
+        return None  # somebody wants to see each of its steps
     if any(group.get("maximize") or group.get("differentiable") for group in groups):
         return None
     if type(optimiser) is torch.optim.SGD:
-        return None if any(group["dampening"] for group in groups) else SGDRule()
+        moves = any(group["momentum"] for group in groups)
+        return None if any(group["dampening"] for group in groups) else SGDRule(moves)
     if type(optimiser) in (torch.optim.Adam, torch.optim.AdamW):
         if any(group["amsgrad"] for group in groups):
             return None
@@ -134,9 +138,41 @@ def state_of(optimiser: torch.optim.Optimizer, rule: Rule, parameters: Sequence[
     return found
 
 
-def steps_of(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The step counters that the optimiser keeps for its parameters; SGD keeps none."""
-    return [optimiser.state[p]["step"] for p in parameters if "step" in optimiser.state.get(p, {})]
+class Counter:
+    """The number of steps that an optimiser has made, without touching its counters at each of them.
+
+    An optimiser keeps one counter for each parameter: to move them all costs more than a small model's step. They are
+    written when somebody looks: before the optimiser's own step, its `state_dict`, and at the end of a run.
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]):
+        self.optimiser, self.parameters = optimiser, parameters
+        self.pending = 0
+        self.base = self._read()
+        optimiser.register_state_dict_pre_hook(lambda _: self.write())
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.optimiser.state[p]["step"] for p in self.parameters if "step" in self.optimiser.state.get(p, {})]
+
+    def _read(self) -> int:
+        tensors = self._tensors()
+        return int(tensors[0]) if tensors else 0
+
+    @property
+    def steps(self) -> int:
+        """Steps made so far."""
+        return self.base + self.pending
+
+    def write(self) -> None:
+        """Bring the optimiser's own counters up to date."""
+        tensors = self._tensors()
+        if self.pending and tensors:
+            torch._foreach_add_(tensors, self.pending)
+        self.pending, self.base = 0, self._read() if tensors else self.base + self.pending
+
+    def read(self) -> None:
+        """The optimiser has made steps of its own."""
+        self.base = self._read()
 
 
 def groups_of(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[int]:

@@ -26,6 +26,7 @@ from .optim import make_optimiser
 from .pace import MODES, Compile, Kind, Pace, cost
 from .pair import NotReparameterised, Pair, batch_rows
 from .programs import Program, preserved_buffers, preserved_rng, program_name
+from .rules import Counter
 from .sites import DATA_PLATE, Latents
 from .whole import CompilerFailed
 
@@ -113,6 +114,7 @@ class SVI(pyro.infer.SVI):
         self._compiled: dict[Any, CompiledStep] = {}
         self._paces: dict[Any, Pace] = {}
         self._scalars: tuple[float, Tensor] | None = None
+        self._counter: Counter | None = None
         self._state = torch.get_rng_state()
         super(pyro.infer.SVI, self).__init__()
 
@@ -234,7 +236,10 @@ class SVI(pyro.infer.SVI):
         try:
             with preserved_rng():
                 inputs = self._inputs(key, batch, rows, 1.0)
-                self._compiled[key] = CompiledStep(graph, self._optimiser(), self.parameters, self.clip, inputs)
+                optimiser = self._optimiser()
+                if self._counter is None:
+                    self._counter = Counter(optimiser, list(self.parameters.values()))
+                self._compiled[key] = CompiledStep(graph, optimiser, self.parameters, self.clip, inputs, self._counter)
         except (CompilerFailed, Untraceable) as error:
             self.uncompiled = str(error)
             log.warning("the step of %s is traced, not compiled: %s", program_name(self.guide), error)
@@ -283,8 +288,16 @@ class SVI(pyro.infer.SVI):
         if self.clip is not None and present:
             torch.nn.utils.clip_grads_with_norm_(graded, self.clip, norm)
         optimiser = self._optimiser()
+        self.settle()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        if self._counter is not None:
+            self._counter.read()
+
+    def settle(self) -> None:
+        """Bring the optimiser's own step counters up to date; compiled steps leave them for later."""
+        if self._counter is not None:
+            self._counter.write()
 
     def _optimiser(self) -> torch.optim.Optimizer:
         if self.optimiser is None:

@@ -272,6 +272,7 @@ class Run:
         return self.rule.update(value, error, per_datum)
 
     def result(self, why: str) -> Fit:
+        self.svi.settle()
         if self.best is not None:
             with torch.no_grad():
                 for name, parameter in self.svi.parameters.items():

@@ -21,6 +21,9 @@ log = logging.getLogger("dgm")
 
 Step = Callable[..., Any]
 
+OPTIONS = {"size_asserts": False}
+"""Of the compiler: shapes and strides are those of the trace, which is kept by shape and fed contiguous tensors."""
+
 
 class CompilerFailed(Exception):
     """The compiler is missing or failed; the message is its first line."""
@@ -96,7 +99,8 @@ def compile_step(step: Step, inputs: Sequence[Tensor]) -> Step:
     module = trace(step, fakes)
     constants = _lift_constants(module)
     try:
-        compiled = inductor.compile(module, [*fakes, *(mode.from_tensor(t, static_shapes=True) for t in constants)])
+        examples: list[Any] = [*fakes, *(mode.from_tensor(t, static_shapes=True) for t in constants)]
+        compiled = inductor.compile(module, examples, options=OPTIONS)
     except Exception as error:  # of the compiler there is no list of what it raises
         raise CompilerFailed(_cause(error)) from error
 

@@ -266,7 +266,7 @@ def test_bad_pairs() -> None:
 def test_a_compiled_replica_is_the_single_run(case: str) -> None:
     make, guide, data, options = CASES[case]
     fits = dgm.fit(make, guide, *data, epochs=4, replicas=3, compile="inductor", **options)
-    assert all(fit.engine == "inductor" for fit in fits)
+    assert all(fit.engine == "inductor, 3 replicas" for fit in fits)
 
     def single(k: int) -> dgm.Fit:
         return dgm.fit(*start_pair(make, guide, k, data), *data, epochs=4, seed=k, compile=False, **options)
