@@ -21,11 +21,15 @@ from .metrics import CategoricalPrediction, GaussianPrediction
 from .pair import Pair, chunk_of
 from .programs import Program, preserved_rng
 from .psis import k_threshold, pareto_k
+from .runs import Graphs, Runs
 from .sites import DATA_PLATE
-from .weights import ROWS_AT_ONCE, LogWeightSampler, Runs
+from .weights import LogWeightSampler
 
 KHAT_SAMPLES = 1000
 """Log weights kept for each datum to fit the tail; the bounds use all K without keeping them."""
+
+PREDICTIVE_VALUES = 2**24
+"""Rows times draws of which predictive scores are made, at most, beyond `KHAT_SAMPLES` draws: they are all kept."""
 
 
 @dataclass
@@ -100,11 +104,13 @@ def evaluate(
     batch = as_tensors(data[0] if len(data) == 1 else tuple(data), dtype=_dtype(data))
     with preserved_rng(seed):
         parts, start, total = [], 0, len(batch[0])
-        for chunk in row_chunks(batch):
+        graphs, chunks = Graphs(), list(row_chunks(batch))
+        for i, chunk in enumerate(chunks):
+            graphs.batches = sum(len(later[0]) == len(chunk[0]) for later in chunks[i + 1 :])
             rows = torch.arange(start, start + len(chunk[0]), device=chunk[0].device)
             with chunk_of(total, rows):
                 check_observed(model, chunk, plates)
-                parts.append(_weights(model, guide, chunk, num_samples, plates))
+                parts.append(_weights(model, guide, chunk, num_samples, plates, graphs))
             start += len(rows)
     frame = pd.concat([part[0] for part in parts], ignore_index=True)
     has_global, is_point = parts[0][1], parts[0][2]
@@ -118,10 +124,13 @@ def evaluate(
         frame["bound"] -= math.log(y_std) if len(batch) > 1 and batch[-1].is_floating_point() else 0.0
     summary = _summary(frame, num_samples, has_global)
     if has_global and len(batch) > 1:
+        draws = min(num_samples, max(KHAT_SAMPLES, PREDICTIVE_VALUES // total))
         with preserved_rng(seed + 1):
-            prediction = predict(model, guide, *batch, num_samples=num_samples, y_std=y_std)
+            prediction = predict(model, guide, *batch, num_samples=draws, y_std=y_std)
         if prediction is not None:
             summary.update(_scores(prediction))
+            if draws < num_samples:
+                notes.append(f"predictive scores are of {draws} draws, so that they fit memory; the bound is of all")
     kind = "log predictive density of held-out rows" if has_global else "bound on log p(x)"
     return Evaluation(frame, summary, k_threshold(max(num_samples, 100)), kind, num_samples, notes)
 
@@ -133,9 +142,9 @@ def _dtype(data: Sequence[Any]) -> torch.dtype | None:
 
 
 def _weights(
-    model: Program, guide: Program, batch: Sequence[Any], num_samples: int, plates: Iterable[str]
+    model: Program, guide: Program, batch: Sequence[Any], num_samples: int, plates: Iterable[str], graphs: Graphs
 ) -> tuple[pd.DataFrame, bool, bool]:
-    sampler = LogWeightSampler(model, guide, *batch, plates=plates)
+    sampler = LogWeightSampler(model, guide, *batch, plates=plates, graphs=graphs)
     summary, kept, count = LogWeightSummary(), [], 0
     for chunk in sampler.chunks(num_samples):
         summary.update(chunk.local)
@@ -185,19 +194,16 @@ def predict(
     pair = Pair(model, guide)
     keys: list[str] = []
 
-    def run() -> tuple[Tensor, ...]:
-        guide_trace = poutine.trace(pair.run_guide).get_trace(*batch)
-        out = poutine.replay(pair.run_model, trace=guide_trace)(*batch)
+    def run(data: Sequence[Any]) -> tuple[Tensor, ...]:
+        guide_trace = poutine.trace(pair.run_guide).get_trace(*data)
+        out = poutine.replay(pair.run_model, trace=guide_trace)(*data)
         keys[:] = sorted(k for k in out if isinstance(out[k], Tensor)) if isinstance(out, dict) else []
         return tuple(out[k] for k in keys)
 
-    runs = Runs(pair, run)
+    runs = Runs(pair, run, batch)
     if not ({"loc", "scale"} <= set(keys) or "logits" in keys):
         return None
-    chunk = max(1, ROWS_AT_ONCE // max(1, len(batch[0])))
-    pieces: list[tuple[Tensor, ...]] = []
-    for start in range(0, num_samples, chunk):
-        pieces.append(runs.many(min(chunk, num_samples - start)))
+    pieces = list(runs.passes(num_samples))
     out = {key: torch.cat([piece[i] for piece in pieces]) for i, key in enumerate(keys)}
     y = batch[-1]
     if "logits" in out:

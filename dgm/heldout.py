@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .bounds import LogWeightSummary
 from .programs import Program, preserved_rng
+from .runs import Graphs
 from .sites import DATA_PLATE
 from .weights import LogWeightSampler
 
@@ -50,8 +51,10 @@ class HeldOut:
 
     def samplers(self) -> list[LogWeightSampler]:
         if not self._samplers:  # made late: a lazy guide must have seen the training data first
+            graphs = Graphs()  # kept over the validations of a training, and shared by chunks of equal shape
             self._samplers = [
-                LogWeightSampler(self.model, self.guide, *chunk, plates=self.plates) for chunk in row_chunks(self.batch)
+                LogWeightSampler(self.model, self.guide, *chunk, plates=self.plates, graphs=graphs)
+                for chunk in row_chunks(self.batch)
             ]
         return self._samplers
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 
-import numpy as np
 import torch
-from arviz_stats.base import array_stats
 from torch import Tensor
 
 from .errors import DataError, OptionError
@@ -23,6 +20,8 @@ ROUNDING = 64
 # ... and beyond half a nat a spread is not called rounding, however large the numbers: weights that differ by less than
 # a factor of 1.65 are harmless, those that differ by more are to be judged by the fit.
 WIDEST_ROUNDING = 0.5
+# Points of the fit's grid with less posterior weight are left out, as the library does.
+NEGLIGIBLE = 10 * torch.finfo(torch.float64).eps
 # Exceedances below this, where the largest weight is 1, cannot be inverted inside the fit.
 UNDERFLOW = 1e-290
 
@@ -152,7 +151,7 @@ def _fit(log_weights: Tensor) -> tuple[Tensor, list[str]]:
     k[finite & (exact | plateau)] = -math.inf
     fitted = finite & ~exact & ~plateau & ~degenerate
     if fitted.any():
-        k[fitted] = torch.from_numpy(_library_k(shifted[:, fitted].exp().T.contiguous().numpy()))
+        k[fitted] = _shape((tail[:size] - tail[size])[:, fitted].flip(0))
     names = [
         (~finite, "not finite"),
         (exact, "exact"),
@@ -164,14 +163,21 @@ def _fit(log_weights: Tensor) -> tuple[Tensor, list[str]]:
     return k, reasons
 
 
-def _library_k(weights: np.ndarray) -> np.ndarray:
-    """k-hat of each row of (b, S) weights by arviz-stats.
+def _shape(exceedances: Tensor) -> Tensor:
+    """Shape of a generalised Pareto distribution for each column of (n, b) exceedances in rising order.
 
-    ``psislw`` takes the *negative* log weights, in 0.8 as in 1.x and unlike arviz 0.x, and a wrong sign makes every bad
-    guide look perfect. ``pareto_khat`` on the weights themselves fits the same tail and has no sign to get wrong.
+    The profile likelihood's posterior mean on a grid of m points, drawn towards 1/2 as by ten more exceedances (Zhang
+    and Stephens, "A new and efficient estimation method for the generalized Pareto distribution", 2009; Vehtari et
+    al., 2024, appendix C). What the library's `pareto_khat` gives, for all columns at once: column by column, as the
+    library has it, it takes a millisecond for each datum.
     """
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)
-        k = array_stats.pareto_khat(weights, chain_axis=None, draw_axis=-1, r_eff=1.0, tail="right")
-    k = np.atleast_1d(np.asarray(k, dtype=np.float64))
-    return np.where(np.isnan(k), np.inf, k)
+    n = len(exceedances)
+    grid = 30 + int(n**0.5)
+    at = torch.arange(1, grid + 1, dtype=torch.float64) - 0.5
+    theta = (1 - (grid / at).sqrt())[:, None] / (3 * exceedances[int(n / 4 + 0.5) - 1]) + 1 / exceedances[-1]
+    k = torch.log1p(-theta[:, None] * exceedances).mean(dim=1)  # (grid, b)
+    weights = torch.softmax(n * ((-theta / k).log() - k - 1), dim=0)
+    weights = torch.where(weights >= NEGLIGIBLE, weights, torch.zeros_like(weights))
+    theta = (theta * weights).sum(dim=0) / weights.sum(dim=0)
+    k = torch.log1p(-theta * exceedances).mean(dim=0)
+    return ((n * k + 5.0) / (n + 10)).nan_to_num(math.inf, math.inf, math.inf)

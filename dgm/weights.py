@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,10 @@ from pyro import poutine
 from torch import Tensor
 
 from .errors import GuideError, ModelError, OptionError
-from .noise import Recorded, recording
 from .pair import Pair
-from .programs import Program, evaluating, preserved_rng, program_name
+from .programs import Program, preserved_rng, program_name
+from .runs import Graphs, Runs
 from .sites import DATA_PLATE
-
-ROWS_AT_ONCE = 8192
-"""Samples times rows in one pass: small enough for the cache, large enough that Python costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -67,43 +64,24 @@ def _run_terms(pair: Pair, batch: Sequence[Any], plates: set[str]) -> tuple[Tens
     return torch.as_tensor(local, device=device), torch.as_tensor(global_, device=device)
 
 
-class Runs:
-    """Many runs of a pair on one batch, each giving the same tensors.
+class LogWeightSampler:
+    """Draws log weights of a pair for one batch, in chunks of samples.
 
-    One program run serves many samples at once: the noise is an input, so the runs are a vmap over it. Programs that
-    vmap refuses, or whose draws depend on parameters, run once for each sample.
+    A sampler may be kept while training goes on: it draws with the parameters as they are.
+
+    Args:
+        model, guide: the pair. batch: data, rows first. plates: names of the data plates.
+        graphs: shared with the samplers of other batches, so that batches of equal shape need one trace (`dgm.runs`).
     """
 
-    def __init__(self, pair: Pair, run: Callable[[], tuple[Tensor, ...]]):
-        self.pair, self.run = pair, run
-        with preserved_rng(), recording() as draws:
-            self._one()
-        self.deterministic = draws.complete and not draws
-        self.draws: Recorded | None = draws if draws.complete else None
-
-    def _one(self) -> tuple[Tensor, ...]:
-        with evaluating(self.pair.model, self.pair.guide), self.pair.running():
-            return self.run()
-
-    def many(self, samples: int) -> tuple[Tensor, ...]:
-        """Each tensor of a run with `(samples,)` in front."""
-        if self.deterministic:
-            return tuple(t.expand(samples, *t.shape) for t in self._one())
-        if self.draws is not None:
-            noise = self.draws.sample_many(samples)
-            try:
-                with evaluating(self.pair.model, self.pair.guide), self.pair.running():
-                    return torch.func.vmap(lambda *eps: self.pair.call(self.run, None, eps))(*noise)
-            except (RuntimeError, NotImplementedError, ValueError):
-                self.draws = None  # vmap refuses this program: one run for each sample from here on
-        runs = [self._one() for _ in range(samples)]
-        return tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
-
-
-class LogWeightSampler:
-    """Draws log weights of a pair for one batch, in chunks of samples."""
-
-    def __init__(self, model: Program, guide: Program, *batch: Any, plates: Iterable[str] = (DATA_PLATE,)):
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        *batch: Any,
+        plates: Iterable[str] = (DATA_PLATE,),
+        graphs: Graphs | None = None,
+    ):
         self.pair = Pair(model, guide)
         self.plates = set(plates)
         latents = self.pair.check(batch, self.plates)
@@ -117,7 +95,7 @@ class LogWeightSampler:
                 "batches with as many rows in each"
             )
         self.rows = next(iter(sizes.values()), 1)
-        self.runs = Runs(self.pair, lambda: _run_terms(self.pair, batch, self.plates))
+        self.runs = Runs(self.pair, lambda data: _run_terms(self.pair, data, self.plates), batch, graphs)
 
     @property
     def is_point(self) -> bool:
@@ -128,15 +106,10 @@ class LogWeightSampler:
         """`num_samples` samples in chunks that fit memory."""
         if num_samples < 1:
             raise OptionError(f"num_samples is {num_samples}, expected at least 1")
-        chunk = chunk or max(1, ROWS_AT_ONCE // self.rows)
-        done = 0
-        while done < num_samples:
-            size = min(chunk, num_samples - done)
-            local, global_ = self.runs.many(size)
+        for local, global_ in self.runs.passes(num_samples, chunk):
             if local.dim() == 1:  # no data plate: everything belongs to all rows
-                local = local.new_zeros(size, 0)
+                local = local.new_zeros(len(local), 0)
             yield LogWeights(local, global_, self.has_local, self.has_global)
-            done += size
 
 
 def refuse_untrained(pair: Pair, model: Program, guide: Program) -> None:

@@ -34,9 +34,9 @@ OPTIMISERS: dict[str, Any] = {
     "Adam, fused": partial(torch.optim.Adam, lr=0.1, betas=(0.8, 0.99), eps=1e-3, fused=True),
     "Adam, decay": partial(torch.optim.Adam, lr=0.1, weight_decay=0.3),
     "AdamW": partial(torch.optim.AdamW, lr=0.1, weight_decay=0.3),
-    "SGD": partial(torch.optim.SGD, lr=0.1),
-    "SGD, momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
-    "SGD, Nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "SGD": partial(torch.optim.SGD, lr=1e-3),
+    "SGD, momentum": partial(torch.optim.SGD, lr=1e-3, momentum=0.9, weight_decay=0.1),
+    "SGD, Nesterov": partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True),
 }
 
 
