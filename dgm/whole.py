@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .graph import Untraceable, one_line, trace
 from .rules import Rule
@@ -92,15 +91,22 @@ def compile_step(step: Step, inputs: Sequence[Tensor]) -> Step:
         CompilerFailed: there is no C++ compiler, or the compiler does not take the graph.
         Untraceable: the step has no graph.
     """
-    import torch._inductor as inductor  # seconds to import: only who compiles pays
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(t, static_shapes=True) for t in inputs]
-    module = trace(step, fakes)
-    constants = _lift_constants(module)
     try:
+        # seconds to import, and not all of it public: only who compiles depends on it
+        import torch._inductor as inductor
+        from torch._guards import TracingContext, tracing
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        fakes = [mode.from_tensor(t, static_shapes=True) for t in inputs]
+        module = trace(step, fakes)
+        constants = _lift_constants(module)
         examples: list[Any] = [*fakes, *(mode.from_tensor(t, static_shapes=True) for t in constants)]
-        compiled = inductor.compile(module, examples, options=OPTIONS)
+        with tracing(TracingContext(mode)):  # without one the compiler neither reads nor writes its cache on disk
+            compiled = inductor.compile(module, examples, options=OPTIONS)
+    except Untraceable:
+        raise
     except Exception as error:  # of the compiler there is no list of what it raises
         raise CompilerFailed(_cause(error)) from error
 
