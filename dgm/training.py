@@ -34,7 +34,7 @@ class Fit:
         history: one row for each epoch (or step): epoch, step, evaluations, elbo (training, nats a datum), kl_weight,
             lr, valid_elbo and valid_se (nats a datum; NaN where not validated), seconds.
         steps, evaluations: optimiser steps; model density evaluations (rows times particles).
-        seconds, cpu_seconds: wall-clock and process time of training, validation apart.
+        seconds, cpu_seconds: wall-clock and process time of training, validation apart; a replica's share of its group.
         stopped: why training ended.
         error: of a replica that met a value that is not finite; None for all others.
         engine: how the steps ran: "eager", "trace" or "inductor", and why not faster.

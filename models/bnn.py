@@ -22,6 +22,7 @@ Prior = Callable[[str, Tensor], Distribution]
 """(name of a weight in the network, a tensor of its shape, dtype and device) -> its prior."""
 
 INITIAL = "_initial"  # suffix of the buffer that keeps a weight's initial value
+SCALE = "_prior_scale"  # suffix of the buffer that keeps its prior's scale: replicas may differ in it
 
 
 def normal_prior(scale: float = 1.0) -> Prior:
@@ -90,14 +91,15 @@ class BNN(PyroModule):
     def __init__(self, network: nn.Module, likelihood: Likelihood | None = None, prior: Prior | float = 1.0) -> None:
         super().__init__()
         self.likelihood = (Normal() if likelihood is None else likelihood).bayesian()
-        chosen = prior if callable(prior) else normal_prior(prior)
+        if not callable(prior):
+            _check_scale(prior)
         network = copy.deepcopy(network)
         _check_weights(network)
         to_pyro_module_(network)
         for path, module in list(network.named_modules()):
             for name, weight in list(module.named_parameters(recurse=False)):
                 if weight.requires_grad:
-                    _make_latent(module, name, f"{path}.{name}".lstrip("."), chosen)
+                    _make_latent(module, name, f"{path}.{name}".lstrip("."), prior)
                 else:
                     delattr(module, name)
                     module.register_buffer(name, weight.detach())
@@ -144,17 +146,25 @@ class BNN(PyroModule):
             )
 
 
-def _make_latent(module: nn.Module, name: str, path: str, prior: Prior) -> None:
+def _make_latent(module: nn.Module, name: str, path: str, prior: Prior | float) -> None:
     """Replace a parameter by a latent, and keep its initial value as a buffer."""
     value = getattr(module, name).detach().clone()
     module.register_buffer(name + INITIAL, value)
+    if not callable(prior):
+        module.register_buffer(name + SCALE, value.new_tensor(prior), persistent=False)
+
+    def density_of(owner: nn.Module) -> Distribution:
+        # built at each call from the buffers, so that the prior follows the model's dtype and device
+        weight = getattr(owner, name + INITIAL)
+        if callable(prior):
+            return prior(path, weight)
+        return dist.Normal(torch.zeros_like(weight), getattr(owner, name + SCALE))
 
     def latent(owner: nn.Module) -> Distribution:
-        # built at each call from the buffer, so that the prior follows the model's dtype and device
-        density = prior(path, getattr(owner, name + INITIAL))
+        density = density_of(owner)
         return density.to_event(len(density.batch_shape))
 
-    density = prior(path, value)
+    density = density_of(module)
     if not hasattr(density, "to_event"):
         raise ModelError(
             f"BNN, site 'network.{path}': expected a distribution of pyro.distributions, got {type(density).__name__}"

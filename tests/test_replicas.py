@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import dgm
 from dgm.errors import GuideError, ModelError, OptionError
-from dgm.fit_replicas import start_pair
+from dgm.fit import Interrupted
 from dgm.guides import attached
 from dgm.guides.free import Free
-from dgm.models.bnn import BNN
+from dgm.models.bnn import BNN, fan_in_prior
 from dgm.models.vae import VAE
 from dgm.replicas import Replicas
+from dgm.starting import start_pair
 
 X = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.sin(X[:, 0])
@@ -130,11 +131,21 @@ def test_columns_of_step_sizes_weights_splits_and_prior_scales() -> None:
         same(fits, single, which=k)
 
 
+def test_networks_with_priors_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    def make(prior: float) -> BNN:
+        return BNN(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), prior=prior)
+
+    guide = attached(["diagonal-normal"])["diagonal-normal"]
+    fits = dgm.fit(make, guide, X, Y, steps=5, compile="trace", replicas={"seed": [0, 0], "prior": [0.1, 10.0]})
+    assert "one after another" not in caplog.text
+    same(fits, lambda k: dgm.fit(*start_pair(make, guide, 0, (X, Y), {"prior": 10.0}), X, Y, steps=5, compile=False))
+
+
 def test_a_prior_that_is_no_tensor_cannot_differ(caplog: pytest.LogCaptureFixture) -> None:
     """A number of Python's is a constant of the graph: the replicas are then trained one by one, and it is said."""
 
     def make(scale: float) -> BNN:
-        return BNN(nn.Linear(3, 1), prior=scale)
+        return BNN(nn.Linear(3, 1), prior=fan_in_prior(scale))
 
     guide = attached(["diagonal-normal"])["diagonal-normal"]
     fits = dgm.fit(make, guide, X, Y, steps=3, compile="trace", replicas={"seed": [0, 0], "scale": [0.1, 10.0]})
@@ -157,6 +168,22 @@ def test_a_replica_that_diverges_is_frozen_and_touches_no_other(caplog: pytest.L
         assert mixed[k].error is None and mixed[k].steps == 12
         for a, b in zip(healthy[k].guide.parameters(), mixed[k].guide.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_ctrl_c_gives_what_every_replica_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Replicas.step
+
+    def interrupted(self: Replicas, *args: Any, **kwargs: Any) -> None:
+        if self.steps == 5:
+            raise KeyboardInterrupt
+        step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Replicas, "step", interrupted)
+    with pytest.raises(Interrupted) as info:
+        dgm.fit(network, attached(["point"])["point"], X, Y, batch_size=10, epochs=3, replicas=2, compile="trace")
+    fits = info.value.fits
+    assert sorted(fits) == [0, 1] and all(fit.steps == 5 and len(fit.history) == 1 for fit in fits.values())
+    assert not torch.equal(*(next(fit.guide.parameters()) for fit in fits.values()))
 
 
 def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
