@@ -165,10 +165,13 @@ def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict
     """Where the pair does not allow replicas: the same trainings, one after another."""
     from .fit import fit
 
-    fits, table = {}, starts.table
+    fits: dict[int, Fit] = {}
+    table = starts.table
     for k in members:
         model, guide = starts.pair(k)
         single = options.single(table.seeds[k], table.rates[k], table.kl[k])
+        if any(one.engine.startswith("eager (") for one in fits.values()):
+            single["compile"] = False  # the reason was said once
         try:
             fits[k] = fit(model, guide, starts.own(k), **single)
         except TrainingError as error:
@@ -177,6 +180,8 @@ def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict
             fits[k] = result
         except Interrupted as error:
             raise Interrupted(error.fit, {**fits, k: error.fit}) from error
+        if k != members[0] and single["compile"] != options.compile:
+            fits[k].engine = fits[members[0]].engine
     return fits
 
 

@@ -204,7 +204,16 @@ def agrees(
             raise Untraceable(f"the graph's gradient of {name!r} is not the program's")
 
 
+_KNOWN = (
+    ("data-dependent control flow", "control flow that depends on values (if, float() or .item() of a tensor)"),
+    ("mutate a captured Tensor", "a tensor is changed in place while the program runs (batch normalisation)"),
+)
+
+
 def one_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    """What an error says, in one line: in our words where torch needs a paragraph."""
+    text = str(error).strip()
+    for part, words in _KNOWN:
+        if part in text:
+            return words
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0]}"

@@ -259,7 +259,7 @@ def test_the_site_or_the_operation_is_named_once(caplog: pytest.LogCaptureFixtur
     x = torch.ones(4)
     for program, guide, words in (
         (model, gamma_guide, "site 's' of the guide (Gamma)"),
-        (branching, Joint(branching, x), "data-dependent control flow"),
+        (branching, Joint(branching, x), "control flow that depends on values (if, float() or .item() of a tensor)"),
     ):
         caplog.clear()
         svi = dgm.SVI(program, guide, partial(torch.optim.Adam, lr=0.01), compile="trace")

@@ -249,6 +249,7 @@ def test_pairs_without_a_graph_run_one_after_another(caplog: pytest.LogCaptureFi
 
     fits = dgm.fit(lambda: model, lambda model, x: Guess(), X[:, 0], steps=3, replicas=2)
     assert len(fits) == 2 and "site 'k'" in caplog.text and caplog.text.count("one after another") == 1
+    assert caplog.text.count("stays eager") <= 1
 
 
 @pytest.mark.parametrize(
