@@ -52,6 +52,12 @@ Epochs = Annotated[int | None, _option("--epochs", min=1, help="Passes over the 
 BatchSize = Annotated[int | None, _option("--batch-size", min=1, help="Rows in a step.", default=PRESET)]
 Rate = Annotated[float | None, _option("--lr", help="Step size of Adam.", default="by model and data")]
 Folder = Annotated[Path, typer.Argument(help="What `dgm train` wrote.")]
+Compile = Annotated[
+    str,
+    _option(
+        "--compile", help="How a step runs: auto, trace (a graph), inductor (compiled) or eager; the numbers are equal."
+    ),
+]
 RunModel = Annotated[
     str | None, _option("--model", help="path/to/file.py:name, where the run's model is your own.", default="the run's")
 ]
@@ -71,7 +77,8 @@ def _root(
 def _go(run: Callable[..., int], *args: Any, **kwargs: Any) -> NoReturn:
     """Run a command's work: its exit code, or an error in one line."""
     try:
-        code = run(*args, **kwargs)
+        with _work("commands").log_lines():
+            code = run(*args, **kwargs)
     except DGMError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, TrainingError) else 2
@@ -118,6 +125,7 @@ def compare(
     split: Split = "0",
     target: Target = None,
     data_seed: DataSeed = 0,
+    compile: Compile = "auto",
     smoke: Annotated[bool, _option("--smoke", help="Smallest size: 2 guides, 1 seed, 2 epochs, 200 samples.")] = False,
 ) -> None:
     """Which guide for my model? Train several on equal terms and rank them; writes rows, plots and a page."""
@@ -137,6 +145,7 @@ def compare(
             jobs=jobs,
             out=out,
             smoke=smoke,
+            compile=compile,
         )
 
     _go(run)
@@ -160,13 +169,22 @@ def train(
     split: Split = "0",
     target: Target = None,
     data_seed: DataSeed = 0,
+    compile: Compile = "auto",
 ) -> None:
     """Train one model with one guide, and keep the pair: safetensors and JSON."""
 
     def run() -> int:
         source = _work().Source(model, data, data_dir, _number(split), target, data_seed, binarize)
         return _work("commands_run").run_train(
-            source, guide=guide, attach=attach, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, out=out
+            source,
+            guide=guide,
+            attach=attach,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            out=out,
+            compile=compile,
         )
 
     _go(run)

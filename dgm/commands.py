@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import joblib
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from . import registry
 from .checks import check_observed
@@ -28,6 +30,7 @@ from .datasets import names
 from .errors import OptionError
 from .files import Dataset
 from .optim import adam
+from .pace import Compile
 from .programs import owner, preserved_rng, program_name
 from .resolve import Maker, data_of, is_file, model_of
 from .sites import latents
@@ -209,6 +212,47 @@ def results_folder(out: Path | None, name: str, mark: str) -> Iterator[Path]:
             folder.rmdir()
 
 
+class _Lines(logging.Handler):
+    """Each record as one line on the standard error of this moment, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = " ".join(record.getMessage().split())
+            with tqdm.external_write_mode(file=sys.stderr):
+                print("warning: " * (record.levelno >= logging.WARNING) + line, file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def log_lines() -> Iterator[None]:
+    """What the library logs, shown while a command runs; loggers are left as they were."""
+    log, handler = logging.getLogger("dgm"), _Lines(logging.INFO)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(min(log.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+
+HOW: dict[str, Compile] = {"auto": "auto", "trace": "trace", "inductor": "inductor", "eager": False}
+"""What `--compile` says, in the library's terms."""
+
+
+def compile_of(word: str) -> Compile:
+    """How a step is to run.
+
+    Raises:
+        OptionError: no such way.
+    """
+    if word not in HOW:
+        raise OptionError(f"compile is {word!r}, expected {', '.join(list(HOW)[:-1])} or {list(HOW)[-1]}")
+    return HOW[word]
+
+
 # ------------------------------------------------------------------------------------------------- commands
 
 
@@ -226,9 +270,10 @@ def run_compare(
     jobs: int | None,
     out: Path | None,
     smoke: bool,
+    compile: str = "auto",
 ) -> int:
     """Train and evaluate several guides, print the ranked table, write rows, plots and page; returns the exit code."""
-    small = SMOKE if smoke else {}
+    small, how = SMOKE if smoke else {}, compile_of(compile)
     job = task(source, epochs=epochs or small.get("epochs"), batch_size=batch_size, lr=lr)
     chosen = job.guides(small.get("guides") if guides is None else guides, attach)
     seeds, samples = seeds or small.get("seeds", 3), samples or small.get("samples", 1000)
@@ -254,7 +299,9 @@ def run_compare(
             num_samples=samples,
             jobs=jobs,
             progress=True,
+            compile=how,
         )
+        result.meta["compile"] = compile
         print(f"\n{result}\n")
         page = saved(lambda: result.save(folder), folder)
     print(f"rows: {folder / 'rows.parquet'}    page: {page}")

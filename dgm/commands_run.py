@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .commands import INTERRUPTED, OK, SOME_FAILED, Source, Task, plural, results_folder, saved, task
+from .commands import INTERRUPTED, OK, SOME_FAILED, Source, Task, compile_of, plural, results_folder, saved, task
 from .draws import write_draws
 from .errors import DataError, OptionError, TrainingError
 from .evaluate import evaluate
 from .files import Dataset
 from .fit import Fit, Interrupted, checked_seed, fit
+from .pace import Compile
 from .programs import program_name
 from .resolve import DATA_ENDINGS, is_file
 from .store_run import RECIPE, Run, load_run, save_run
@@ -30,24 +31,27 @@ def run_train(
     lr: float | None,
     seed: int,
     out: Path | None,
+    compile: str = "auto",
 ) -> int:
     """Train one pair and write it to a folder."""
+    how = compile_of(compile)
     job = task(source, epochs=epochs, batch_size=batch_size, lr=lr)
     make = job.guides([guide], attach)[guide]
     checked_seed(seed)
     with results_folder(out, f"{job.name}-{guide}", RECIPE) as folder:
         model, attached = job.pair(make, seed)
         print(f"{program_name(model)} on {job.data.name} with {guide}: {plural(job.epochs, 'epoch')}", flush=True)
-        result, code = _fitted(job, model, attached, seed)
-        saved(lambda: save_run(folder, _spec(job, guide, attach, seed), result), folder)
+        result, code = _fitted(job, model, attached, seed, how)
+        saved(lambda: save_run(folder, _spec(job, guide, attach, seed) | {"compile": compile}, result), folder)
     last = result.history.iloc[-1:]
     if len(last):
         print(last.dropna(axis=1).to_string(index=False, float_format="{:.6g}".format))
+    print(f"steps: {result.steps}    ran: {result.engine}")
     print(f"run: {folder}    stopped: {result.stopped}")
     return code
 
 
-def _fitted(job: Task, model: Any, guide: Any, seed: int) -> tuple[Fit, int]:
+def _fitted(job: Task, model: Any, guide: Any, seed: int, how: Compile) -> tuple[Fit, int]:
     """What training comes to, also where it is cut short: the last good parameters are worth keeping."""
     try:
         bar = sys.stderr.isatty()
@@ -61,6 +65,7 @@ def _fitted(job: Task, model: Any, guide: Any, seed: int) -> tuple[Fit, int]:
             seed=seed,
             transform=job.data.transform,
             progress=bar,
+            compile=how,
         ), OK
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,8 @@ COMPILE_SECONDS = (4.0, 0.02)
 """What compiling costs: so much, and so much for each operation of the graph (5 to 35 s over the zoo)."""
 SAVED = 0.5
 """The share of a step's time that tracing saves on the eager step, and compiling on the traced one, at least."""
+SAVED_BY_REPLICAS = 0.8
+"""What compiling saves on the traced step of many small replicas, whose operations cost less than their launch."""
 SAMPLES = 5
 """Steps that are timed before anything is decided."""
 
@@ -32,6 +34,7 @@ class Pace:
     eager: list[float] = field(default_factory=list)
     trace: list[float] = field(default_factory=list)
     done: int = 0
+    saved: float = SAVED
 
     def add(self, kind: Kind, seconds: float) -> None:
         """A step of this kind took so long; a few are enough."""
@@ -51,7 +54,7 @@ class Pace:
         if seconds is None:
             return False
         left = self.done if remaining is None else remaining
-        return left * seconds * SAVED > cost(kind, operations)
+        return left * seconds * self.saved > cost(kind, operations)
 
 
 def cost(kind: Kind, operations: int) -> float:

@@ -13,7 +13,7 @@ from .checks import explain_draws
 from .errors import ModelError
 from .graph import Layout, Untraceable, agrees, scalars, trace
 from .noise import Recorded, recording
-from .pace import Kind, Pace, cost
+from .pace import SAVED_BY_REPLICAS, Kind, Pace, cost
 from .programs import preserved_buffers, preserved_rng, program_name
 from .whole import CompilerFailed, compile_step, whole_step
 
@@ -37,7 +37,7 @@ class ReplicaGraph:
         gathered: bool,
         given: bool,
     ):
-        self.pace, self.gathered, self.given = Pace(), gathered, given
+        self.pace, self.gathered, self.given = Pace(saved=SAVED_BY_REPLICAS), gathered, given
         self.shared = not given and owner.own is None and not gathered
         self.draws = self._record(owner, batches, rows)
         self.constants = owner._constants()

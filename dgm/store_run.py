@@ -34,7 +34,7 @@ class Run:
     Attributes:
         spec: how model, data and guide are made again, as it was given to `save_run`.
         weights: state of the model ("model.<name>") and of the guide ("guide.<name>").
-        about: steps, evaluations, seconds, why training stopped, versions and command.
+        about: steps, evaluations, seconds, why training stopped, how the steps ran, versions and command.
         history: the training curve, as in `Fit`.
     """
 
@@ -79,6 +79,7 @@ def save_run(folder: str | os.PathLike[str], spec: Mapping[str, Any], fit: Fit) 
         "evaluations": fit.evaluations,
         "seconds": fit.seconds,
         "stopped": fit.stopped,
+        "engine": fit.engine,
         "seed": fit.seed,
         **provenance(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -62,6 +63,12 @@ def program(h):
     with pyro.plate("data", len(h)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("h", dist.Normal(m + z[:, None], 1.0).to_event(1), obs=h)
+
+def branching(h):
+    s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+    width = s if float(s.detach()) < 100.0 else 100.0
+    with pyro.plate("data", len(h)):
+        pyro.sample("h", dist.Normal(torch.zeros(3), width).to_event(1), obs=h)
 
 number = 3
 
@@ -207,12 +214,13 @@ def test_makers_can_be_sent_to_a_process_that_never_saw_the_file(here: Path) -> 
 
 
 def test_a_failed_guide_is_told_and_the_rest_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cells.fit
+    real, calls = cells.fit, []
 
-    def failing(model: Any, guide: Any, *data: Any, **options: Any) -> Any:
-        if sum(p.numel() for p in guide.parameters()) > 4000:  # the full normal
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:  # the full normal
             raise RuntimeError("lightning")
-        return real(model, guide, *data, **options)
+        return real(*args, **options)
 
     monkeypatch.setattr(cells, "fit", failing)
     words = (
@@ -243,7 +251,8 @@ def test_an_interrupted_comparison_writes_what_was_finished(here: Path, monkeypa
     monkeypatch.setattr(cells, "fit", interrupted)
     words = ("compare", "--model", "bnn", "--data", "gap", "--epochs", 1, "--samples", 100, "--jobs", 1)
     output = run(*words, "--guides", "diagonal-normal,point", "--seeds", 2, "--out", "out", code=130)
-    assert "interrupted: 1 of 4 runs" in output and len(pd.read_csv("out/rows.csv")) == 1
+    assert "interrupted: 2 of 4 runs" in output  # all seeds of a guide are trained at once
+    assert list(pd.read_csv("out/rows.csv")["guide"]) == ["diagonal-normal"] * 2
     monkeypatch.setattr(cells, "fit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert "nothing was finished" in run(*words, "--out", "none", code=130)
     assert not Path("none").exists()
@@ -332,6 +341,55 @@ def _pair(family: str) -> tuple[Any, Any]:
     return model, attached([family])[family](model, torch.zeros(20, 2))
 
 
+# ------------------------------------------------------------------------------------------- how steps run
+
+
+@pytest.mark.parametrize("word, engine", [("eager", "eager"), ("trace", "trace")])
+def test_a_run_says_and_keeps_how_its_steps_ran(word: str, engine: str, here: Path) -> None:
+    words = ("--model", "bnn", "--data", "gap", "--guide", "point", "--epochs", 4, "--compile", word, "--out", "run")
+    assert f"steps: 4    ran: {engine}\n" in run("train", *words)
+    saved = store_run.load_run("run")
+    assert (saved.spec["compile"], saved.about["engine"]) == (word, engine)
+    assert "200 rows" in run("evaluate", "run", "--samples", 100)
+
+
+def test_a_comparison_trains_and_keeps_how_it_was_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, told = cells.fit, []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        told.append(options["compile"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(cells, "fit", recorded)
+    words = ("--model", "bnn", "--data", "gap", "--guides", "diagonal-normal,point", "--epochs", 1, "--samples", 100)
+    output = run("compare", *words, "--seeds", 1, "--jobs", 1, "--compile", "eager", "--out", "out")
+    assert told == [False, False] and "[1/2] diagonal-normal" in output and "[2/2] point" in output
+    page = Path("out/report.html").read_text()
+    assert "<dt>compile</dt><dd>eager</dd>" in page
+
+
+def test_what_the_library_logs_is_shown_while_a_command_runs(here: Path) -> None:
+    log, root = logging.getLogger("dgm"), logging.getLogger()
+    before = log.level, list(log.handlers), root.level, list(root.handlers)
+    words = ("--model", "tides.py:branching", "--data", "tides.csv", "--guide", "diagonal-normal", "--attach", "global")
+    output = run("train", *words, "--epochs", 4, "--compile", "trace", "--out", "run")
+    (line,) = [line for line in output.splitlines() if line.startswith("warning: ")]
+    assert "stays eager" in line and "ran: eager (" in output
+    assert (log.level, log.handlers, root.level, root.handlers) == before
+
+
+def test_a_record_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("dgm")
+    with commands.log_lines():
+        log.debug("nobody asked")
+        log.info("step %d: compiling", 210)
+        log.warning("two\n  lines")
+    log.info("after")
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[:2] == ["step 210: compiling", "warning: two lines"]
+    assert "after" not in err and "nobody" not in err
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -349,6 +407,7 @@ def _pair(family: str) -> tuple[Any, Any]:
         (("--split", "gap"), "split of 'digits' must be"),
         (("--binarize", "onse"), "did you mean 'once'"),
         (("--target", "y"), "is for files"),
+        (("--compile", "fast"), "compile is 'fast', expected auto, trace, inductor or eager\n"),
         (("--data", "tide.csv"), "did you mean 'tides.csv'"),
         (("--data", "damaged.csv"), "column 'b' (1) of x has 1 NaN (row 7)"),
         (("--data", "tides.csv", "--split", "2"), "is for named data"),
@@ -370,6 +429,11 @@ def test_bad_input_is_an_error_before_training(words: tuple[str, ...], told: str
     before = sorted(os.listdir())
     assert told in refused("compare", *words)
     assert sorted(set(os.listdir()) - {"__pycache__"}) == before
+
+
+def test_a_wrong_way_to_run_is_refused_before_the_data_are_looked_for(here: Path) -> None:
+    told = refused("train", "--compile", "False", "--data", "tide.csv")
+    assert told == "error: compile is 'False', expected auto, trace, inductor or eager\n"
 
 
 def test_grey_pixels_are_refused_before_training_by_a_model_of_bits(here: Path) -> None:
