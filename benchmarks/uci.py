@@ -2,10 +2,10 @@
 
 Splits by the published rule, x and y standardised by the training part, scores on the original scale of y, mean and
 standard error over splits; all splits of a set are trained at once. Weights and biases have the prior N(0, 1); the
-noise scale is latent, LogNormal(-1, 1). Training is longer than the 40 epochs of the original protocol, which under-
-trains variational inference. The step size, its decay and the number of epochs were chosen on splits 10 and 11, which
-are not reported. Published rows (40 epochs): VI, PBP and MC dropout with corrected errors, Gal and Ghahramani 2016,
-Table 1; deep ensembles, Lakshminarayanan et al. 2017, Table 1, whose errors are standard deviations.
+noise scale is latent, LogNormal(-1, 1). Training is longer than the 40 epochs of the original protocol, which
+under-trains variational inference. The step size, its decay and the number of epochs were chosen on splits 10 and 11,
+which are not reported. Published rows (40 epochs): VI, PBP and MC dropout with corrected errors, Gal and Ghahramani
+2016, Table 1; deep ensembles, Lakshminarayanan et al. 2017, Table 1, whose errors are standard deviations.
 
     python -m dgm.benchmarks.uci --sets boston,yacht --splits 5
 """
@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 import dgm
-from dgm.cells import Settings, _evaluated
+from dgm.cells import Settings, evaluated
 from dgm.files import Dataset
+from dgm.fit import Fit, fit
 from dgm.guides import attached
 from dgm.models.bnn import BNN
 from dgm.preflight import check_model, check_options
@@ -66,9 +67,9 @@ def train_splits(
     """
     train = tuple(torch.cat(columns) for columns in zip(*(part.train for part in parts), strict=True))
     rows = torch.arange(len(train[0])).split([len(part.train[0]) for part in parts])
-    fits: Sequence[dgm.Fit | Exception]
+    fits: Sequence[Fit | Exception]
     try:
-        fits = dgm.fit(
+        fits = fit(
             make, guide, train, epochs=settings.epochs, batch_size=settings.batch_size, lr=settings.lr,
             replicas={"seed": range(len(parts)), "rows": rows}, **settings.fit_options,
         )  # fmt: skip
@@ -78,7 +79,7 @@ def train_splits(
     for split, (part, result) in enumerate(zip(parts, fits, strict=True)):
         row = {"guide": name, "seed": split, "status": "ok", "lr": settings.lr, "search_evaluations": 0}
         info = {"y_std": part.y_std, "image_shape": part.image_shape}
-        cells.append(_evaluated(row, result, part.train, part.test, info, settings).row | {"split": split})
+        cells.append(evaluated(row, result, part.train, part.test, info, settings).row | {"split": split})
     return cells
 
 

@@ -113,10 +113,10 @@ def run_cells(
         fits = [error] * len(seeds)
     for seed, result in zip(seeds, fits, strict=True):
         row = {"guide": name, "seed": seed, "status": "ok", "lr": rate[0], "search_evaluations": rate[1]}
-        yield _evaluated(row, result, train, held_out, info, settings)
+        yield evaluated(row, result, train, held_out, info, settings)
 
 
-def _evaluated(
+def evaluated(
     row: dict[str, Any],
     result: Fit | Exception,
     train: tuple[Tensor, ...],
