@@ -278,7 +278,8 @@ class _Group:
             weights = [1.0] * len(self.runs)
             orders = [source.order() for source in self.sources]
             for parts in zip(*orders, strict=True):
-                weights = [run.plan.kl_weight(engine.steps, first.source.steps) for run in self.runs]
+                now = [run.plan.kl_weight(engine.steps, first.source.steps) for run in self.runs]
+                weights = weights if now == weights else now
                 self._step(engine, parts, weights)
                 if not schedulers and self.options.schedule is not None:
                     schedulers = [self._scheduler(run) for run in self.runs]

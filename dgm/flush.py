@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-_TINY = 1e-40  # denormal in float32
+_TINY = torch.full((), 1e-40, dtype=torch.float32, device="cpu")  # denormal
 _inside = False
 
 
@@ -26,7 +26,7 @@ def flushed() -> Iterator[None]:
     if _inside:
         yield
         return
-    was = bool((torch.full((), _TINY) * 1.0) == 0)
+    was = (_TINY * 1.0).item() == 0.0
     _inside = True
     torch.set_flush_denormal(True)
     try:

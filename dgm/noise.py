@@ -35,9 +35,12 @@ class Draw:
 
     def fill(self, out: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw it into a tensor that is there."""
-        if self.kind == "normal":
-            return out.normal_(generator=generator)
-        return out.uniform_(generator=generator) if self.kind == "uniform" else out.exponential_(generator=generator)
+        return self.method(out)(generator=generator)
+
+    def method(self, out: Tensor) -> Callable[..., Tensor]:
+        """What fills a tensor that is there: one call for each step, where a step is short."""
+        methods: dict[str, Any] = {"normal": out.normal_, "uniform": out.uniform_, "exponential": out.exponential_}
+        return methods[self.kind]
 
 
 class _Noise(TorchFunctionMode):

@@ -55,6 +55,11 @@ class ReplicaGraph:
         device = owner.device
         self.noise = [torch.empty(owner.count, *d.shape, dtype=d.dtype, device=device) for d in self.draws]
         self.views = [[eps[k] for eps in self.noise] for k in range(owner.count)]
+        self.fills = [
+            (draw.method(view), generator)
+            for views, generator in zip(self.views, owner.generators, strict=True)
+            for view, draw in zip(views, self.draws, strict=True)
+        ]
         self.unused = [False] * len(owner.parameters)
         self.compiled: Any = None
         self._trace(owner, batches, rows)

@@ -68,7 +68,7 @@ class Replicas:
         self.kind: Kind = "trace"
         self._trail: list[Tensor] = []
         self._shapes: dict[Any, ReplicaGraph] = {}
-        self._kl: tuple[float, ...] | None = None
+        self._kl: Any = None
         self.parameters: list[Tensor] = []
 
     # --- the stack -------------------------------------------------------------------------------------------------
@@ -106,6 +106,7 @@ class Replicas:
                     optimiser.state[each[k][i]][slot] = stack[k]
         self._counters = [Counter(o, ps) for o, ps in zip(optimisers, each, strict=True)]
         self._started = self._counters[0].steps
+        self._param_groups = [optimiser.param_groups for optimiser in optimisers]
         sample = numbers_of(self.rule, optimisers[0], 1)
         like = self.parameters[0]
         self._numbers = like.new_empty(self.count, *sample.shape)  # (K, groups, numbers)
@@ -145,14 +146,13 @@ class Replicas:
         with torch.no_grad(), flushed():
             start = time.perf_counter()
             shape = self._shape(index, batch)
-            weights = (kl_weight,) * self.count if isinstance(kl_weight, (int, float)) else tuple(kl_weight)
-            if weights != self._kl:
-                self._kl = weights
+            if kl_weight is not self._kl:  # nearly always the same object
+                self._kl = kl_weight
+                weights = [kl_weight] * self.count if isinstance(kl_weight, (int, float)) else list(kl_weight)
                 parts = [scalars(s.sizes, w, self.parameters[0]) for s, w in zip(self.svis, weights, strict=True)]
                 self._scalars = torch.stack(parts)
-            for generator, views in zip(self.generators, shape.views, strict=True):
-                for view, draw in zip(views, shape.draws, strict=True):
-                    draw.fill(view, generator)
+            for fill, generator in shape.fills:
+                fill(generator=generator)
             rest = [*shape.constants.values(), *shape.data(self, index, batch), *shape.noise, self._scalars]
             if index is not None:
                 rest.append(index)
@@ -187,14 +187,11 @@ class Replicas:
     def numbers(self) -> Tensor:
         """The optimisers' numbers of this step, `(K, groups, numbers)`."""
         made: dict[Any, np.ndarray] = {}
-        rows = []
-        for svi in self.svis:
-            optimiser: Any = svi.optimiser
-            key = tuple((g["lr"], g.get("betas"), g["weight_decay"], g.get("momentum")) for g in optimiser.param_groups)
+        keys = [tuple(map(_options, groups)) for groups in self._param_groups]
+        for svi, key in zip(self.svis, keys, strict=True):
             if key not in made:
-                made[key] = numbers_of(self._rule(), optimiser, self._started + self.steps)
-            rows.append(made[key])
-        values = rows[0] if len(made) == 1 else np.stack(rows)
+                made[key] = numbers_of(self._rule(), svi._optimiser(), self._started + self.steps)
+        values = made[keys[0]] if len(made) == 1 else np.stack([made[key] for key in keys])
         return self._numbers.copy_(torch.from_numpy(values))
 
     def _rule(self) -> Rule:
@@ -225,6 +222,12 @@ class Replicas:
         for counter in self._counters if self.rule is not None else ():
             counter.pending = self._started + self.steps - counter.base
             counter.write()
+
+
+def _options(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What may differ between replicas, or from step to step."""
+    get = group.get
+    return group["lr"], get("betas"), get("momentum"), group["weight_decay"], get("eps")
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
