@@ -218,7 +218,7 @@ def _cases(axes: Axes, jobs: Sequence[Mapping[str, Any]], looks: Mapping[str, tu
     axes.set_yticks(range(len(jobs)), [str(job["case"]) for job in jobs])
     axes.set_ylim(len(jobs) - 0.5, -0.5)
     axes.grid(True, axis="both", color=INK, alpha=0.18, linewidth=0.6)
-    axes.set_title(f"CPU time of a step and replica (ms), {jobs[0]['threads']} threads; median, smallest to largest")
+    axes.set_title(f"CPU time of a step and replica (ms), threads: {jobs[0]['threads']}; median, smallest to largest")
 
 
 def _growth(

@@ -68,7 +68,7 @@ class Memory:
         self.tensors: tuple[Any, ...] = tuple(tensors)
         self.transform = transform
         self.device = tensors[0].device
-        self.own = None if own is None else _checked_rows(own, len(tensors[0])).to(self.device)
+        self.own = None if own is None else checked_rows(own, len(tensors[0])).to(self.device)
         self.rows = len(tensors[0]) if own is None else len(own)
         self.batch_size = check_batch_size(self.rows, batch_size)
         order, noise = (np.random.SeedSequence([seed, use]).generate_state(1)[0] for use in (1, 2))
@@ -222,7 +222,7 @@ def ahead(make: Callable[[Item], Made], items: Sequence[Item], depth: int = 2) -
         thread.join(timeout=PATIENCE)
 
 
-def _checked_rows(own: Tensor, n: int) -> Tensor:
+def checked_rows(own: Tensor, n: int) -> Tensor:
     if own.dtype != torch.int64 or own.dim() != 1 or not len(own) or int(own.min()) < 0 or int(own.max()) >= n:
         raise OptionError(
             f"own is {own.dtype} of shape {tuple(own.shape)}, expected one or more int64 row numbers from 0 to {n - 1}"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .data import as_tensors, split_rows
 from .errors import GuideError, OptionError, TrainingError
-from .feeding import Memory
+from .feeding import Memory, checked_rows
 from .flush import flushed
 from .graph import Untraceable
 from .memory import SHARE, available, is_out_of_memory, step_bytes
@@ -94,8 +94,20 @@ class Starts:
 
     def own(self, k: int) -> tuple[Tensor, ...]:
         """All rows that replica k may see."""
+        rows = self.rows(k)
+        return self.data if rows is None else tuple(t[rows] for t in self.data)
+
+    def rows(self, k: int) -> Tensor | None:
+        """Numbers of the rows that replica k may see; None for all.
+
+        Raises:
+            OptionError: they are no row numbers of the data.
+        """
         rows = self.table.rows[k]
-        return self.data if rows is None else tuple(t[torch.as_tensor(rows, device=t.device)] for t in self.data)
+        if rows is None:
+            return None
+        first = self.data[0]
+        return checked_rows(torch.as_tensor(rows), len(first)).to(first.device)
 
     def pair(self, k: int) -> tuple[Any, Any]:
         seed = self.table.seeds[k]
@@ -218,8 +230,8 @@ class _Group:
     def _add(self, k: int) -> None:
         options, table = self.options, self.starts.table
         model, guide = self.starts.pair(k)
-        rows = table.rows[k]
-        own = None if rows is None else torch.as_tensor(rows, device=self.tensors[0].device).long()
+        own = self.starts.rows(k)
+        check = own is not None or not self.runs  # rows of its own may be bad where those of the first were good
         held_out: tuple[Tensor, ...] | None = None
         if isinstance(options.validation, float):
             count = len(self.tensors[0]) if own is None else len(own)
@@ -234,7 +246,7 @@ class _Group:
         source = Memory(self.tensors, options.batch_size, table.seeds[k], options.transform, own)
         plan = options.plan(table.seeds[k], table.kl[k])
         self.sources.append(source)
-        self.runs.append(options.run(model, guide, source, held_out, plan, table.rates[k], check=not self.runs))
+        self.runs.append(options.run(model, guide, source, held_out, plan, table.rates[k], check=check))
 
     def train(self) -> dict[int, Fit]:
         """The fits by number of replica."""

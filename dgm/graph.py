@@ -130,7 +130,7 @@ class Graph:
         like = next(iter(parameters.values()))
         inputs = self.inputs(parameters, batch, noise, scalars(sizes, 1.0, like), rows)
         buffers = {name: value.clone() for name, value in pair.owners.named_buffers()}
-        self.module = trace(self.layout.gradients(pair), inputs)
+        self.module = trace(self.layout.gradients(pair), [t.detach() for t in inputs])
         self.unused = [False] * len(parameters)
         self._verify(pair, parameters, batch, noise, sizes, rows, buffers)
 
@@ -143,8 +143,7 @@ class Graph:
         rows: Tensor | None,
     ) -> list[Tensor]:
         """The inputs in the order of the layout."""
-        values = [p.detach() for p in parameters.values()]
-        flat = [*values, *(batch[i].contiguous() for i in self.layout.places), *noise, numbers]
+        flat = [*parameters.values(), *(batch[i].contiguous() for i in self.layout.places), *noise, numbers]
         return [*flat, rows] if rows is not None else flat
 
     def _verify(

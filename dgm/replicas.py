@@ -213,6 +213,8 @@ class Replicas:
 
     def finish(self) -> None:
         """Give every replica its parameters and moments as tensors of its own, and the number of steps made."""
+        if not self.parameters:
+            return  # nothing was begun
         for svi, alive in zip(self.svis, self.alive.tolist(), strict=True):
             for p in svi.parameters.values():
                 p.data = p.data.clone()

@@ -69,7 +69,7 @@ class AdamRule(Rule):
             p = p * decay
         elif form[0]:
             g = g + decay * p
-        m = m + rate * (g - m)
+        m = _normal(m + rate * (g - m))
         v = keep * v + take * g * g
         return p - size * m / (v.sqrt() + eps), [m, v]
 
@@ -94,8 +94,17 @@ class SGDRule(Rule):
             g = g + decay * p
         if not moves:
             return p - lr * g, list(state)
-        b = momentum * state[0] + g
+        b = _normal(momentum * state[0] + g)
         return p - lr * (g + momentum * b if nesterov else b), [b]
+
+
+def _normal(moment: Tensor) -> Tensor:
+    """A decaying moment that ends in zero, and not among the denormal numbers.
+
+    The moment of a unit that is dead halves every few steps and would stay denormal for good; a processor then needs a
+    hundred times as long for it, in every thread that does not flush such numbers (`dgm.flush`).
+    """
+    return torch.where(moment.abs() > 1e8 * torch.finfo(moment.dtype).tiny, moment, 0.0)
 
 
 def rule_of(optimiser: torch.optim.Optimizer) -> Rule | None:

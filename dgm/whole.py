@@ -99,7 +99,7 @@ def compile_step(step: Step, inputs: Sequence[Tensor]) -> Step:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-        fakes = [mode.from_tensor(t, static_shapes=True) for t in inputs]
+        fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
         module = trace(step, fakes)
         constants = _lift_constants(module)
         examples: list[Any] = [*fakes, *(mode.from_tensor(t, static_shapes=True) for t in constants)]

@@ -263,6 +263,8 @@ def test_pairs_without_a_graph_run_one_after_another(caplog: pytest.LogCaptureFi
         ({"seed": [0, -1]}, "seed is -1"),
         ({"lr": [1e-3, -1.0]}, "lr is -1.0"),
         ({"kl_weight": [1.0, float("nan")]}, "kl_weight"),
+        ({"rows": [[0, 1], [0, 99]]}, "own"),
+        ({"rows": [[0, 1], []]}, "own"),
     ],
 )
 def test_bad_columns(replicas: Any, message: str) -> None:
