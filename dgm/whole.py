@@ -22,6 +22,8 @@ Step = Callable[..., Any]
 
 OPTIONS = {"size_asserts": False}
 """Of the compiler: shapes and strides are those of the trace, which is kept by shape and fed contiguous tensors."""
+TRUSTING = {**OPTIONS, "cpp.vec_isa_ok": True}
+"""The same without trying out every vector instruction set that the processor names, which takes 1.6 s a process."""
 
 
 class CompilerFailed(Exception):
@@ -104,7 +106,13 @@ def compile_step(step: Step, inputs: Sequence[Tensor]) -> Step:
         constants = _lift_constants(module)
         examples: list[Any] = [*fakes, *(mode.from_tensor(t, static_shapes=True) for t in constants)]
         with tracing(TracingContext(mode)):  # without one the compiler neither reads nor writes its cache on disk
-            compiled = inductor.compile(module, examples, options=OPTIONS)
+            try:
+                compiled = inductor.compile(module, examples, options=TRUSTING)
+            except Exception:  # a compiler older than the processor: let it find out what it knows
+                from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+                valid_vec_isa_list.cache_clear()
+                compiled = inductor.compile(module, examples, options=OPTIONS)
     except Untraceable:
         raise
     except Exception as error:  # of the compiler there is no list of what it raises
