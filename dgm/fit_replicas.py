@@ -152,7 +152,7 @@ def fit_replicas(
         while waiting:
             group = waiting.pop(0)
             try:
-                whole = options.compile is not False
+                whole = options.compile is not False and len(group) > 1  # one alone starts without a graph
                 part = _Group(starts, group, tensors, options).train() if whole else one_by_one(starts, group, options)
             except Interrupted as error:
                 done.update(error.fits)
