@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .graph import Graph
 from .rules import Counter, Rule, groups_of, numbers_of, rule_of, state_of
-from .whole import compile_step, whole_step
+from .whole import compile_step, linear_in_gradients, whole_step
 
 
 class CompiledStep:
@@ -44,7 +44,7 @@ class CompiledStep:
         self.forms = [rule.form(group) for group in self.optimiser.param_groups]
         groups = groups_of(self.optimiser, self.parameters)
         step = whole_step(self.graph.module.forward, rule, groups, self.forms, self.graph.unused, self.clip)
-        self.run = compile_step(step, self._inputs(rule, inputs))
+        self.run = compile_step(step, self._inputs(rule, inputs), linear_in_gradients(rule, len(self.parameters)))
 
     def _inputs(self, rule: Rule, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The inputs of a step with the optimiser's state and this step's numbers behind the parameters."""

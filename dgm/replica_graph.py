@@ -15,7 +15,7 @@ from .graph import Layout, Untraceable, agrees, scalars, trace
 from .noise import Recorded, recording
 from .pace import SAVED_BY_REPLICAS, Kind, Pace, cost
 from .programs import preserved_buffers, preserved_rng, program_name
-from .whole import CompilerFailed, compile_step, whole_step
+from .whole import CompilerFailed, compile_step, linear_in_gradients, whole_step
 
 if TYPE_CHECKING:
     from .replicas import Replicas
@@ -156,7 +156,8 @@ class ReplicaGraph:
             "step %d: compiling %d replicas (about %.0f s)", owner.steps, owner.count, cost("inductor", operations)
         )
         try:
-            self.compiled = compile_step(self.step, self._all(owner, rest))
+            watched = linear_in_gradients(owner._rule(), len(owner.parameters))
+            self.compiled = compile_step(self.step, self._all(owner, rest), watched)
         except (CompilerFailed, Untraceable) as error:
             owner.uncompiled = str(error)
             log.warning("the step of %d replicas is traced, not compiled: %s", owner.count, error)

@@ -83,7 +83,16 @@ def whole_step(
     return step
 
 
-def compile_step(step: Step, inputs: Sequence[Tensor]) -> Step:
+def linear_in_gradients(rule: Rule, count: int) -> range:
+    """Which inputs of a whole step hold something linear in the gradients afterwards: first moments, or parameters.
+
+    Adam's parameters are not: a gradient that is zero but for rounding moves them by a whole step size.
+    """
+    slots = len(rule.slots)
+    return range(count, count + count * slots, slots) if slots else range(count)
+
+
+def compile_step(step: Step, inputs: Sequence[Tensor], watched: Sequence[int] = ()) -> Step:
     """The step through torch's compiler, without the interpreter's frame in front of it.
 
     The graph is given to the compiler as it is: nothing is guarded, nothing recompiles, and what is compiled once is
@@ -121,7 +130,27 @@ def compile_step(step: Step, inputs: Sequence[Tensor]) -> Step:
     def run(*given: Tensor) -> Any:
         return compiled(*given, *constants)
 
+    _verify(step, run, inputs, watched)
     return run
+
+
+def _verify(step: Step, compiled: Step, inputs: Sequence[Tensor], watched: Sequence[int]) -> None:
+    """Hold the compiled step against the step.
+
+    Raises:
+        CompilerFailed: they differ by more than rounding: compilers err too.
+    """
+    results = []
+    with torch.no_grad():
+        for function in (step, compiled):
+            given = [t.detach().clone() for t in inputs]
+            out = function(*given)
+            results.append([*([out] if isinstance(out, Tensor) else out), *(given[i] for i in watched)])
+    for mine, theirs in zip(*results, strict=True):
+        finite = mine[torch.isfinite(mine)].abs()
+        scale = float(finite.max()) if finite.numel() else 0.0
+        if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * scale + 1e-12, equal_nan=True):
+            raise CompilerFailed("the compiler's code gives other numbers than the graph that it was given")
 
 
 def _lift_constants(module: Any) -> list[Tensor]:
