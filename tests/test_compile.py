@@ -195,6 +195,16 @@ def test_a_compiler_that_fails_is_said_once_and_the_graph_goes_on(
     assert all("No working C++ compiler" in fit.engine for fit in fits)
 
 
+def test_a_compiler_that_errs_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(module: Any, *_: Any, **__: Any) -> Any:
+        return lambda *inputs: module(*inputs) * 1.01
+
+    monkeypatch.setattr(torch._inductor, "compile", wrong)
+    svi, losses = trained("inductor")
+    assert svi.kind == "trace" and caplog.text.count("other numbers than the graph") == 1
+    assert losses == pytest.approx(trained(False)[1], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_machine_without_a_compiler() -> None:
     code = "import tests.test_compile as t\nsvi, losses = t.trained('inductor')\nprint(svi.kind, svi.uncompiled)\n"

@@ -292,11 +292,13 @@ def test_bad_pairs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["mean field", "amortized", "schedule", "SGD"])
+@pytest.mark.parametrize("case", ["mean field", "amortized", "schedule", "SGD", "noisy pixels"])
 def test_a_compiled_replica_is_the_single_run(case: str) -> None:
+    """Of torch 2.13 the compiler gets the gradient of replicated full covariances wrong: the check must find it."""
     make, guide, data, options = CASES[case]
     fits = dgm.fit(make, guide, *data, epochs=4, replicas=3, compile="inductor", **options)
-    assert all(fit.engine == "inductor, 3 replicas" for fit in fits)
+    faulty = case == "amortized" and "other numbers than the graph" in fits[0].engine
+    assert faulty or all(fit.engine == "inductor, 3 replicas" for fit in fits)
 
     def single(k: int) -> dgm.Fit:
         return dgm.fit(*start_pair(make, guide, k, data), *data, epochs=4, seed=k, compile=False, **options)
