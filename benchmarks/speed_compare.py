@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import dgm
+from dgm.errors import DGMError
 from dgm.guides import attached
 from dgm.guides.inverse_autoregressive_flow import InverseAutoregressiveFlow
 from dgm.guides.joint import Joint
@@ -40,7 +41,7 @@ def yacht() -> tuple[Any, str]:
     """UCI yacht, or data of its size drawn from a linear model where it cannot be had; and which of them."""
     try:
         return dgm.load("uci-yacht", split=0), "uci-yacht, split 0"
-    except dgm.DGMError:
+    except DGMError:
         with preserved_rng(0):
             x = torch.randn(308, FEATURES)
             return (x, x @ torch.randn(FEATURES) + 0.1 * torch.randn(308)), "308 rows drawn from a linear model"
