@@ -28,6 +28,8 @@ from dgm.optim import adam
 from dgm.programs import preserved_rng
 from dgm.provenance import provenance
 
+from .by_hand import VAEByHand
+
 LATENT, HIDDEN, BATCH, LR, K = 20, 400, 100, 1e-3, 1000
 
 
@@ -38,28 +40,11 @@ def make_model(train: Tensor) -> VAE:
     return model
 
 
-class ByHand(nn.Module):
-    """The same VAE with a diagonal normal encoder, as one writes it in plain PyTorch; base of the other two."""
+class ByHand(VAEByHand):
+    """The same VAE with a diagonal normal encoder; base of the other two."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(784, HIDDEN), nn.ReLU())
-        self.loc, self.log_scale = nn.Linear(HIDDEN, LATENT), nn.Linear(HIDDEN, LATENT)
-        self.decoder = nn.Sequential(nn.Linear(LATENT, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 784))
-
-    def warp(self, eps: Tensor, h: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What the family does with the noise, and its log-determinant."""
-        return eps, 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.encoder(x)
-        loc, log_scale = self.loc(h), self.log_scale(h)
-        eps = torch.randn_like(loc)
-        u, log_det = self.warp(eps, h)
-        z = loc + log_scale.exp() * u
-        reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
-        # the same one-sample estimate of the ELBO as Trace_ELBO: log p(z) - log q(z)
-        return reconstruction + (0.5 * z.square() - 0.5 * eps.square() - log_scale).sum() - log_det
+        super().__init__(784, (HIDDEN,), LATENT)
 
 
 class FullByHand(ByHand):

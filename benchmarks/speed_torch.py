@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dgm.programs import preserved_rng
 
+from .by_hand import VAEByHand
 from .speed_cases import CLASSES, HIDDEN, LR, PIXELS, Case
 
 Train = Callable[[Tensor], float]
@@ -33,30 +34,11 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # ---------------------------------------------------------------------------------------------- by hand: VAE
 
 
-class HandVAE(nn.Module):
-    """The VAE as one writes it in plain PyTorch: `forward` is the negative ELBO of a batch, summed over its rows."""
+class HandVAE(VAEByHand):
+    """The case's VAE."""
 
     def __init__(self, case: Case) -> None:
-        super().__init__()
-        a, b = HIDDEN
-        self.encoder = nn.Sequential(nn.Linear(PIXELS, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU())
-        self.loc, self.log_scale = nn.Linear(b, case.latent), nn.Linear(b, case.latent)
-        self.decoder = nn.Sequential(
-            nn.Linear(case.latent, a), nn.ReLU(), nn.Linear(a, b), nn.ReLU(), nn.Linear(b, PIXELS)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.encoder(x)
-        loc, log_scale = self.loc(h), self.log_scale(h)
-        eps = torch.randn_like(loc)
-        u, log_det = self.warp(eps, h)
-        z = loc + log_scale.exp() * u
-        reconstruction = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
-        return reconstruction + (0.5 * z.square() - 0.5 * eps.square() - log_scale).sum() - log_det
-
-    def warp(self, eps: Tensor, h: Tensor) -> tuple[Tensor, Tensor | float]:
-        """What a flow does with the noise, and its log-determinant."""
-        return eps, 0.0
+        super().__init__(PIXELS, HIDDEN, case.latent)
 
 
 class HandManyVAE(HandVAE):

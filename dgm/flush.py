@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-_TINY = torch.full((), 1e-40, dtype=torch.float32, device="cpu")  # denormal
+_TINY = 1e-310  # denormal, as the setting is one of the processor it shows in Python's own numbers
 _inside = False
 
 
@@ -26,7 +26,7 @@ def flushed() -> Iterator[None]:
     if _inside:
         yield
         return
-    was = (_TINY * 1.0).item() == 0.0
+    was = _TINY * 1.0 == 0.0
     _inside = True
     torch.set_flush_denormal(True)
     try:

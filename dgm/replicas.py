@@ -19,7 +19,7 @@ from .flush import flushed
 from .graph import scalars
 from .pace import Compile, Kind
 from .replica_graph import ReplicaGraph
-from .rules import Counter, Rule, groups_of, numbers_of, rule_of, state_of
+from .rules import Counter, Numbers, Rule, groups_of, rule_of, state_of
 from .svi import SVI
 
 
@@ -106,10 +106,7 @@ class Replicas:
                     optimiser.state[each[k][i]][slot] = stack[k]
         self._counters = [Counter(o, ps) for o, ps in zip(optimisers, each, strict=True)]
         self._started = self._counters[0].steps
-        self._param_groups = [optimiser.param_groups for optimiser in optimisers]
-        sample = numbers_of(self.rule, optimisers[0], 1)
-        like = self.parameters[0]
-        self._numbers = like.new_empty(self.count, *sample.shape)  # (K, groups, numbers)
+        self._numbers = Numbers(self.rule, optimisers, self.parameters[0])
 
     def _constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters in which the replicas differ, stacked; the others are read where they are."""
@@ -186,13 +183,7 @@ class Replicas:
 
     def numbers(self) -> Tensor:
         """The optimisers' numbers of this step, `(K, groups, numbers)`."""
-        made: dict[Any, np.ndarray] = {}
-        keys = [tuple(map(_options, groups)) for groups in self._param_groups]
-        for svi, key in zip(self.svis, keys, strict=True):
-            if key not in made:
-                made[key] = numbers_of(self._rule(), svi._optimiser(), self._started + self.steps)
-        values = made[keys[0]] if len(made) == 1 else np.stack([made[key] for key in keys])
-        return self._numbers.copy_(torch.from_numpy(values))
+        return self._numbers(self._started + self.steps)
 
     def _rule(self) -> Rule:
         if self.rule is None:
@@ -224,12 +215,6 @@ class Replicas:
         for counter in self._counters if self.rule is not None else ():
             counter.pending = self._started + self.steps - counter.base
             counter.write()
-
-
-def _options(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What may differ between replicas, or from step to step."""
-    get = group.get
-    return group["lr"], get("betas"), get("momentum"), group["weight_decay"], get("eps")
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ kept where it keeps it, so that a run may change between the optimiser itself an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -193,3 +194,42 @@ def groups_of(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) ->
 def numbers_of(rule: Rule, optimiser: torch.optim.Optimizer, step: int) -> np.ndarray:
     """The rule's numbers of every parameter group, `(groups, numbers)`, float64."""
     return np.array([rule.numbers(group, step) for group in optimiser.param_groups])
+
+
+class Numbers:
+    """The rule's numbers of K optimisers side by side, made for some steps ahead while no option changes.
+
+    Args:
+        rule: of all of them.
+        optimisers: K of one structure.
+        like: a tensor of the dtype and device that the numbers are wanted in.
+    """
+
+    AHEAD = 64
+
+    def __init__(self, rule: Rule, optimisers: Sequence[torch.optim.Optimizer], like: Tensor):
+        self.rule, self.optimisers, self.like = rule, optimisers, like
+        self._groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+        names = ("lr", "betas", "momentum", "weight_decay", "eps")
+        self._look = itemgetter(*(name for name in names if name in self._groups[0]))
+        self._seen: list[Any] = []
+        self._first, self._block = 0, like.new_empty(0)
+
+    def __call__(self, step: int) -> Tensor:
+        """`(K, groups, numbers)` of step 1, 2, ...; they hold until the next call."""
+        options = list(map(self._look, self._groups))
+        if options != self._seen or not 0 <= step - self._first < len(self._block):
+            fixed = options == self._seen and not any(isinstance(o, Tensor) for row in options for o in row)
+            self._fill(step, self.AHEAD if fixed else 1)
+            self._seen, self._first = options, step
+        return self._block[step - self._first]
+
+    def _fill(self, step: int, count: int) -> None:
+        made: dict[Any, np.ndarray] = {}
+        found = []
+        for optimiser in self.optimisers:
+            key = tuple(map(self._look, optimiser.param_groups))
+            if key not in made:
+                made[key] = np.stack([numbers_of(self.rule, optimiser, step + i) for i in range(count)])
+            found.append(made[key])
+        self._block = torch.from_numpy(np.stack(found, 1)).to(self.like)  # (count, K, groups, numbers)

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -25,7 +26,7 @@ from dgm.models.bayesian_linear_regression import example as regression
 from dgm.pace import COMPILE_SECONDS, SAMPLES, SAVED, TRACE_SECONDS, Pace
 from dgm.programs import preserved_rng
 from dgm.registry import families, models
-from dgm.rules import Counter, groups_of, numbers_of, rule_of, state_of
+from dgm.rules import Counter, Numbers, groups_of, numbers_of, rule_of, state_of
 from dgm.testing import check_pair
 from dgm.whole import whole_step
 
@@ -85,6 +86,32 @@ def test_a_whole_step_is_the_optimiser_s(name: str, clip: float | None) -> None:
         for key in other:
             if other[key] is not None:
                 assert torch.allclose(state[key], other[key], rtol=1e-5), f"{key}: a saved run goes on as the other"
+
+
+def test_numbers_ahead_are_those_of_the_step() -> None:
+    rates = (0.1, 0.2)
+    optimisers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=rate) for rate in rates]
+    rule = rule_of(optimisers[0])
+    assert rule is not None
+    numbers = Numbers(rule, optimisers, torch.zeros(()))
+    for step in range(1, 2 * Numbers.AHEAD + 10):
+        if step == 40:
+            optimisers[1].param_groups[0]["betas"] = (0.5, 0.6)
+        if step > 80:  # a schedule
+            optimisers[0].param_groups[0]["lr"] = 0.1 / step
+        expected = np.stack([numbers_of(rule, optimiser, step) for optimiser in optimisers])
+        assert torch.equal(numbers(step), torch.from_numpy(expected).float())
+
+
+def test_a_step_size_that_is_a_tensor_is_read_at_each_step() -> None:
+    optimiser = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=torch.tensor(0.1), foreach=False)
+    rule = rule_of(optimiser)
+    assert rule is not None
+    numbers = Numbers(rule, [optimiser], torch.zeros(()))
+    for step in (1, 2, 3):
+        numbers(step)
+    optimiser.param_groups[0]["lr"].mul_(2)
+    assert torch.equal(numbers(4)[0], torch.from_numpy(numbers_of(rule, optimiser, 4)).float())
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
