@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from dgm.distributions import as_pyro, sample_sites
-from dgm.errors import GuideError
+from dgm.distributions import as_pyro, auxiliary, sample_sites
+from dgm.errors import GuideError, did_you_mean
+from dgm.programs import preserved_buffers, preserved_rng
 from dgm.sites import DATA_PLATE, Packing, Site, latents
 
 from .diagonal_normal import DiagonalNormal
@@ -25,9 +27,14 @@ __all__ = ["Amortized"]
 class Amortized(PyroModule):
     """q(z_n | x_n) = F(u; encoder(x_n)) |du/dz|: one conditional density F serves every row.
 
-    The encoder reads every tensor of the batch that has one entry for each row, flattened and side by side. Columns
-    that leave [0, 1] are standardised by the mean and standard deviation of the batch given here, so give all of it.
+    The encoder reads every tensor of the batch that has one entry for each row, flattened and side by side, or those
+    that `inputs` names. Columns that leave [0, 1] are standardised by the mean and standard deviation of the batch
+    given here, so give all of it; where the encoder has a `period` (sets, sequences), columns that far apart share one.
     (Kingma and Welling, "Auto-Encoding Variational Bayes", 2014; Rezende, Mohamed and Wierstra, 2014.)
+
+    The start: a family's heads are linear in the context with torch's default weights, and their biases give location 0
+    and scale 1, the width of a standard normal prior. `init_scale=1e-2`, say, starts near an autoencoder instead: the
+    likelihood then leads, and the prior comes in as the scale grows.
 
     Args:
         model: the model; only its sites are read.
@@ -35,10 +42,13 @@ class Amortized(PyroModule):
         family: `family(features, context=c)` makes a conditional density on R^d.
         encoder: a factory `in_features -> module`, or a ready module `(B, in_features) -> (B, c)`.
         sites: names of the latents to serve; default all local ones.
+        inputs: which of the model's arguments the encoder sees, by name or place; default all that have the rows.
+        init_scale: standard deviation at the start, > 0, unconstrained; default the family's own.
         plates: names of the data plates.
 
     Raises:
-        GuideError: a latent is global, the local latents stand in different plates, or no argument has their rows.
+        GuideError: a latent is global, the local latents stand in different plates, no argument has their rows, the
+            encoder does not give one vector for each row, or the family cannot be told its scale.
         ModelError: a latent is discrete.
 
     >>> import pyro.distributions as dist
@@ -58,25 +68,24 @@ class Amortized(PyroModule):
         family: Callable[..., nn.Module] = DiagonalNormal,
         encoder: Callable[..., nn.Module] | nn.Module | None = None,
         sites: Iterable[str] | None = None,
+        inputs: Iterable[str | int] | None = None,
+        init_scale: float | None = None,
         plates: Iterable[str] = (DATA_PLATE,),
     ):
         super().__init__()
         chosen = local_sites(latents(model, *batch, plates=plates), sites, type(self).__name__)
         self.packing = Packing(chosen)
         self.plate = DataPlate(chosen[0], batch)
-        self.features = Features(batch, self.plate.rows)
-        self.encoder = _build(encoder if encoder is not None else mlp(128), self.features.width)
-        with torch.no_grad():
-            context = self.encoder(self.features(batch)[:2])
-        if context.dim() != 2:
-            raise GuideError(f"the encoder gives shape {tuple(context.shape)} for 2 rows, expected (2, context)")
-        self.family = family(self.packing.size, context=context.shape[-1])
+        self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs)
+        self.family = family(self.packing.size, context=width)
+        if init_scale is not None:
+            _initialise(self.family, self.packing.size, init_scale)
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         context = self.encoder(self.features(batch))  # (B, c)
         with self.plate.open(batch) as shape:
             density = self.family(context.reshape(*shape, context.shape[-1]))
-            u = pyro.sample(f"_{self.packing.plate}", as_pyro(density), infer={"is_auxiliary": True})  # (*S, B, d)
+            u = pyro.sample(f"_{self.packing.plate}", as_pyro(density), infer=auxiliary(self.packing))  # (*S, B, d)
             return sample_sites(self.packing, u, getattr(self.family, "has_density", True))
 
 
@@ -97,6 +106,86 @@ def local_sites(found: Any, names: Iterable[str] | None, guide: str) -> list[Sit
         raise GuideError(
             f"the latents stand in different plates {sorted({str(s.plate) for s in chosen})}: Joint serves each"
         )
+    return chosen
+
+
+def _initialise(family: nn.Module, size: int, scale: float) -> None:
+    initialise: Any = getattr(family, "initialise", None)
+    if initialise is None:
+        raise GuideError(
+            f"init_scale={scale}: {type(family).__name__} cannot be told where to start; leave it out, or give the "
+            "family a method initialise(loc, scale)"
+        )
+    if not scale > 0:
+        raise GuideError(f"init_scale must be positive, got {scale}")
+    initialise(torch.zeros(size), scale)
+
+
+def encoded(
+    model: Callable[..., Any],
+    batch: Sequence[Any],
+    rows: int,
+    encoder: Callable[..., nn.Module] | nn.Module | None = None,
+    inputs: Iterable[str | int] | None = None,
+) -> tuple[Features, nn.Module, int]:
+    """What the encoder sees of a batch, the encoder, and the width of its context, found by running it.
+
+    Raises:
+        GuideError: an unknown input or one without the rows, or an encoder that does not give (B, c) for B rows.
+    """
+    places = None if inputs is None else _places(model, batch, rows, inputs)
+    features = Features(batch, rows, places)
+    built = _build(encoder if encoder is not None else mlp(128), features.width)
+    features.share(batch, getattr(built, "period", None))
+    name = f"encoder {type(built).__name__}"
+    shapes = []
+    for count in (2, 3):
+        seen = features(batch)
+        seen = seen[[i % len(seen) for i in range(count)]]
+        try:
+            with torch.no_grad(), preserved_rng(), preserved_buffers(built):
+                context = built(seen)
+        except (RuntimeError, ValueError, IndexError) as error:
+            told = " ".join(str(error).split())
+            raise GuideError(f"{name} cannot read rows of {features.width} values: {told}") from error
+        if not isinstance(context, Tensor):
+            raise GuideError(f"{name} gives a {type(context).__name__}, expected a tensor (B, c)")
+        shapes.append(tuple(context.shape))
+        if context.dim() != 2 or len(context) != count:
+            raise GuideError(
+                f"{name} gives shape {shapes[-1]} for {count} rows, expected ({count}, c): one vector for each row"
+            )
+    if shapes[0][1] != shapes[1][1]:
+        raise GuideError(
+            f"{name} gives {shapes[0][1]} values for each of 2 rows and {shapes[1][1]} for each of 3: the width of its "
+            "output must not depend on the number of rows"
+        )
+    return features, built, shapes[0][1]
+
+
+def _places(model: Callable[..., Any], batch: Sequence[Any], rows: int, inputs: Iterable[str | int]) -> list[int]:
+    """The places in the batch of arguments by name or place."""
+    program = model.forward if isinstance(model, nn.Module) else model
+    taken = [
+        p
+        for p in inspect.signature(program).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = [p.name for p in taken][: len(batch)]
+    chosen: list[int] = []
+    for which in inputs:
+        if isinstance(which, str) and which not in names:
+            raise GuideError(f"inputs: the model has no argument {which!r}: {did_you_mean(which, names)}")
+        place = names.index(which) if isinstance(which, str) else which
+        if not 0 <= place < len(batch):
+            raise GuideError(f"inputs: there is no argument {place}, the batch has {len(batch)}")
+        item = batch[place]
+        if not (isinstance(item, Tensor) and item.dim() and len(item) == rows):
+            shape = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
+            raise GuideError(f"inputs: argument {which!r} ({shape}) does not have the {rows} rows of the data plate")
+        chosen.append(place)
+    if not chosen:
+        raise GuideError("inputs names no argument: the encoder must see something")
     return chosen
 
 
@@ -155,24 +244,39 @@ class _Opened:
 
 
 class Features(nn.Module):
-    """Everything a batch says of a row, as one vector: `(B, features)`."""
+    """Everything that an encoder sees of a row, as one vector: `(B, features)`.
+
+    Args:
+        batch: data, rows first. rows: how many.
+        places: which tensors of the batch; default all that have the rows.
+    """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, batch: Sequence[Any], rows: int):
+    def __init__(self, batch: Sequence[Any], rows: int, places: Sequence[int] | None = None):
         super().__init__()
-        self.places = [
-            i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.dim() and len(item) == rows
-        ]
+        self.places = (
+            list(places)
+            if places is not None
+            else [i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.dim() and len(item) == rows]
+        )
         raw = self._raw(batch)
         self.width = raw.shape[-1]
+        self.register_buffer("shift", raw.new_zeros(self.width))
+        self.register_buffer("scale", raw.new_ones(self.width))
+        self.share(batch, None)
+
+    def share(self, batch: Sequence[Any], period: int | None) -> None:
+        """Standardise by these data: each column alone, or together with those that stand `period` columns apart."""
+        raw = self._raw(batch)
+        raw = raw if period is None else raw.reshape(-1, period)
         outside = ((raw < 0) | (raw > 1)).any(0)
         sd = raw.std(0, unbiased=False) if len(raw) > 1 else torch.ones_like(raw[0])
         sd = torch.where(outside & (sd > 0), sd, torch.ones_like(sd))
         mean = torch.where(outside, raw.mean(0), torch.zeros_like(sd))
-        self.register_buffer("shift", mean)
-        self.register_buffer("scale", sd)
+        times = self.width // len(mean)
+        self.shift, self.scale = mean.repeat(times), sd.repeat(times)
         self.plain = not bool(outside.any())
 
     def _raw(self, batch: Sequence[Any]) -> Tensor:
