@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import pyro
@@ -112,16 +113,27 @@ def as_pyro(density: Distribution) -> Any:
     return FamilyDistribution(density)
 
 
-def sample_sites(packing: Packing, u: Tensor, has_density: bool = True) -> dict[str, Tensor]:
+def auxiliary(packing: Packing) -> dict[str, Any]:
+    """`infer` of the site of a packed vector: the guide's own, and which latents it fills (objectives read that)."""
+    return {"is_auxiliary": True, "packing": packing}
+
+
+def sample_sites(
+    packing: Packing, u: Tensor, has_density: bool = True, extra: Tensor | float = 0.0
+) -> dict[str, Tensor]:
     """Fill the sites of a packing from one unconstrained vector, inside whatever plate the caller opened.
 
     log q(z) = log q(u) - log |dz/du|: the auxiliary site of u carries the first term, each latent site its Jacobian.
     Without a density (a point) the Jacobian is left out, so that the point is the mode of the posterior as written.
+    `extra`, (*S), is what else the guide counts as log q, such as -log r of an auxiliary variable given the latents:
+    the first site carries it.
     """
     values, log_jacobian = packing.unpack(u)
     for block in packing.blocks:
         site = block.site
-        log_density = -log_jacobian[site.name] if has_density else 0.0
+        log_density: Any = -log_jacobian[site.name] if has_density else 0.0
+        if block is packing.blocks[0]:
+            log_density = log_density + extra / math.prod(block.rest)  # once for each entry of inner plates
         with contextlib.ExitStack() as stack:
             for frame in site.frames:
                 if frame.name != packing.plate:

@@ -124,7 +124,7 @@ class Factor(nn.Module):
         if self.full:
             self.gain = 1.0 / math.sqrt(size) if context else 1.0
             self.lower = Head(size * (size - 1) // 2, context, gain=0.0)
-            # entry 0 is a zero, entry k the k-th below the diagonal: gathered, since vmap refuses to write into a matrix
+            # entry 0 is a zero, entry k the k-th below the diagonal; gathered, since vmap refuses writes into a matrix
             row, column = torch.tril_indices(size, size, -1)
             index = torch.zeros(size, size, dtype=torch.long)
             index[row, column] = 1 + torch.arange(len(row))

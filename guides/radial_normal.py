@@ -79,13 +79,13 @@ class Radial(TorchDistribution):
     has_rsample = True
 
     def __init__(self, loc: Tensor, log_scale: Tensor) -> None:
-        self.loc, self.log_scale = loc, log_scale
+        self.loc, self.log_axes = loc, log_scale
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Radial:
         # the parameters broadcast against the noise, so that only the shape of the noise changes
         new = self._get_checked_instance(Radial, _instance)
-        new.loc, new.log_scale = self.loc, self.log_scale
+        new.loc, new.log_axes = self.loc, self.log_axes
         super(Radial, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         return new
 
@@ -96,13 +96,13 @@ class Radial(TorchDistribution):
         eps, r = noise[..., :-1], noise[..., -1:]
         tiny = torch.finfo(eps.dtype).tiny  # a zero is drawn once in some ten million times
         direction = eps * eps.square().sum(-1, keepdim=True).clamp_min(tiny).rsqrt()
-        return self.loc + self.log_scale.exp() * r * direction, self._log_density(r.square().squeeze(-1))
+        return self.loc + self.log_axes.exp() * r * direction, self._log_density(r.square().squeeze(-1))
 
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         return self.rsample_and_log_prob(sample_shape)[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self._log_density(((value - self.loc) * (-self.log_scale).exp()).square().sum(-1))
+        return self._log_density(((value - self.loc) * (-self.log_axes).exp()).square().sum(-1))
 
     def _log_density(self, square: Tensor) -> Tensor:
         """log q at squared distances |v|^2, (...)."""
@@ -110,7 +110,7 @@ class Radial(TorchDistribution):
         log_area = math.log(2) + 0.5 * d * math.log(math.pi) - math.lgamma(0.5 * d)
         log_distance = 0.5 * square.clamp_min(torch.finfo(square.dtype).tiny).log()
         log_half_normal = math.log(2) - 0.5 * math.log(2 * math.pi) - 0.5 * square
-        return log_half_normal - log_area - (d - 1) * log_distance - self.log_scale.sum(-1)
+        return log_half_normal - log_area - (d - 1) * log_distance - self.log_axes.sum(-1)
 
     @property
     def mean(self) -> Tensor:
@@ -118,5 +118,5 @@ class Radial(TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        spread = (2 * self.log_scale).exp() / self.event_shape[0]
+        spread = (2 * self.log_axes).exp() / self.event_shape[0]
         return spread.expand(self.batch_shape + self.event_shape)
