@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dgm.errors import OptionError
 
+from .coupling import CouplingStep, check_coupling
 from .family import Push
-from .flow import Flow, Step, zuko
-from .heads import Conditioner, Head
+from .flow import Flow, zuko
 
 __all__ = ["CouplingSplineFlow"]
 
@@ -42,6 +41,7 @@ class CouplingSplineFlow(Flow):
         OptionError: features < 1, context < 0, scale <= 0, transforms < 1, bins < 2, or hidden empty or with a
             width < 1.
 
+    >>> import torch
     >>> q = CouplingSplineFlow(4, context=5)(torch.zeros(7, 5))
     >>> x, log_q = q.rsample_and_log_prob((3,))
     >>> x.shape, log_q.shape
@@ -61,14 +61,13 @@ class CouplingSplineFlow(Flow):
             raise OptionError(
                 f"CouplingSplineFlow: transforms must be at least 1 and bins at least 2, got {transforms} and {bins}"
             )
-        if not hidden or min(hidden) < 1:
-            raise OptionError(f"CouplingSplineFlow: hidden needs one width or more, each >= 1, got {hidden}")
-        steps = [CouplingStep(features, context, t % 2, bins, hidden) for t in range(transforms if features > 1 else 1)]
+        check_coupling("CouplingSplineFlow", transforms, hidden)
+        steps = [SplineStep(features, context, t % 2, bins, hidden) for t in range(transforms if features > 1 else 1)]
         super().__init__(features, context, steps, scale)
 
 
-class CouplingStep(Step):
-    """One coupling: half of the features moves, monotonically, as told by the half that stays.
+class SplineStep(CouplingStep):
+    """One coupling whose half moves by a spline, then by a shift and a gain.
 
     Args:
         features: the dimension d; with one feature, that one moves and the context alone tells how.
@@ -77,52 +76,26 @@ class CouplingStep(Step):
         bins: pieces of each spline.
         hidden: widths of the network's hidden layers.
 
-    >>> push, pull = CouplingStep(3, 0, 0, 8, (16,))(None)
+    >>> import torch
+    >>> push, pull = SplineStep(3, 0, 0, 8, (16,))(None)
     >>> push(torch.zeros(5, 3))[0].shape
     torch.Size([5, 3])
     """
 
-    kept: Tensor
-    moved: Tensor
-    back: Tensor
-
     def __init__(self, features: int, context: int, parity: int, bins: int, hidden: Sequence[int]) -> None:
-        super().__init__()
-        kept = torch.arange(parity, features, 2) if features > 1 else torch.arange(0)
-        moved = torch.arange(1 - parity, features, 2) if features > 1 else torch.arange(1)
-        self.register_buffer("kept", kept, persistent=False)
-        self.register_buffer("moved", moved, persistent=False)
-        self.register_buffer("back", torch.argsort(torch.cat([kept, moved])), persistent=False)
-        self.sizes = [bins, bins, bins - 1, 1, 1]
-        total = len(moved) * sum(self.sizes)
-        self.network: Conditioner | Head
-        if features > 1:
-            self.network = Conditioner([len(kept), *hidden, total], context)
-        else:
-            self.network = Head(total, context, gain=0.0)
+        sizes = [bins, bins, bins - 1, 1, 1]
+        super().__init__(features, context, parity, sum(sizes), hidden)
+        self.sizes = sizes
 
-    def forward(self, context: Tensor | None) -> tuple[Push, Push]:
-        told = self.network(context)
-        network = told if callable(told) else lambda _: told  # one feature: the context alone tells
-        return partial(self._push, network), partial(self._pull, network)
-
-    def _push(self, network: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-        kept, moved = u.index_select(-1, self.kept), u.index_select(-1, self.moved)
-        moved, change = self._spline(network(kept)).call_and_ladj(moved)
-        return self._merge(kept, moved), change.sum(-1)
-
-    def _pull(self, network: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-        kept, moved = u.index_select(-1, self.kept), u.index_select(-1, self.moved)
-        moved, change = self._spline(network(kept)).inv.call_and_ladj(moved)
-        return self._merge(kept, moved), -change.sum(-1)
-
-    def _spline(self, parameters: Tensor) -> Any:
-        widths, heights, slopes, shift, gain = parameters.unflatten(-1, (-1, sum(self.sizes))).split(self.sizes, -1)
-        return zuko.transforms.ComposedTransform(
+    def maps(self, parameters: Tensor) -> tuple[Push, Push]:
+        widths, heights, slopes, shift, gain = parameters.split(self.sizes, -1)
+        moving = zuko.transforms.ComposedTransform(
             zuko.transforms.MonotonicRQSTransform(widths, heights, slopes),
             zuko.transforms.MonotonicAffineTransform(shift.squeeze(-1), gain.squeeze(-1)),
         )
+        return moving.call_and_ladj, partial(_pull, moving.inv)
 
-    def _merge(self, kept: Tensor, moved: Tensor) -> Tensor:
-        # a concatenation and a gather: writing into an empty tensor would not trace under vmap
-        return torch.cat([kept, moved], -1).index_select(-1, self.back)
+
+def _pull(back: Any, u: Tensor) -> tuple[Tensor, Tensor]:
+    u, change = back.call_and_ladj(u)
+    return u, -change
