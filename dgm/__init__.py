@@ -16,6 +16,10 @@ _WHERE = {
     "latents": "sites",
     "Packing": "sites",
     "SVI": "svi",
+    "ELBO": "objectives",
+    "ImportanceELBO": "importance",
+    "RenyiELBO": "importance",
+    "ReweightedWakeSleep": "importance",
     "fit": "fit",
     "Fit": "fit",
     "log_weights": "weights",
@@ -28,11 +32,15 @@ _WHERE = {
 }
 
 __all__ = [
+    "ELBO",
     "SVI",
     "Comparison",
     "Dataset",
     "Fit",
+    "ImportanceELBO",
     "Packing",
+    "RenyiELBO",
+    "ReweightedWakeSleep",
     "__version__",
     "compare",
     "evaluate",
@@ -48,6 +56,8 @@ if TYPE_CHECKING:
     from .datasets import Dataset, load
     from .evaluate import evaluate
     from .fit import Fit, fit
+    from .importance import ImportanceELBO, RenyiELBO, ReweightedWakeSleep
+    from .objectives import ELBO
     from .sites import Packing, latents
     from .svi import SVI
     from .weights import log_weight_terms, log_weights

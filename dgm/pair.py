@@ -20,13 +20,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from .errors import GuideError, ModelError, did_you_mean
-from .noise import replaying
+from .noise import Recorded, replaying
+from .objectives import Objective
+from .particles import Programs
 from .programs import (
     Program,
     StartValues,
     announce,
     bound,
     isolated,
+    owner,
     preserved_buffers,
     preserved_rng,
     program_name,
@@ -112,6 +115,12 @@ class NotReparameterised(Exception):
     """A site of the guide has no pathwise gradient: the score-function estimator of Pyro is needed."""
 
 
+def _proposed(guide: Program) -> Any:
+    """The objective that a guide asks for (an ensemble: one particle for each member), or None."""
+    propose = getattr(owner(guide), "objective", None)
+    return propose() if callable(propose) else None
+
+
 class _Owners(nn.Module):
     """Holds the modules of both programs, so that one call can exchange all their parameters."""
 
@@ -124,7 +133,8 @@ class Pair:
 
     Args:
         model, guide: Pyro programs with the same call signature.
-        loss: a Pyro ELBO; it is copied, so that no plate nesting is remembered from another model.
+        loss: a Pyro ELBO or a `dgm.Objective`; it is copied, so that no plate nesting is remembered from another model.
+            Default: what the guide proposes by `objective()`, else `Trace_ELBO()`.
 
     Attributes:
         model, guide: the programs; a function stands in a module that holds its `pyro.param`s.
@@ -139,11 +149,15 @@ class Pair:
         self.guide, guide_home = with_home(guide)
         self.run_model = bound(self.model, model_home, guide_home)
         self.run_guide = bound(self.guide, guide_home, model_home)
+        loss = loss if loss is not None else _proposed(self.guide)
         self.loss_fn: Any = copy.copy(loss) if loss is not None else Trace_ELBO()
         if getattr(self.loss_fn, "vectorize_particles", False):
             self.loss_fn.max_plate_nesting = math.inf  # guessed anew: another model may have been seen
-        self.pathwise = type(self.loss_fn) is Trace_ELBO  # until a site without a pathwise gradient is met
+        self.pathwise = type(self.loss_fn) is Trace_ELBO or isinstance(
+            self.loss_fn, Objective
+        )  # until a site without a pathwise gradient is met
         self.not_pathwise: str | None = None  # the name of that site
+        self._noise: dict[Any, Recorded | None] = {}  # of one particle, by the shape of a batch
         self.owners = _Owners()
         self.owners.add_module("model", model_home)
         if guide_home is not model_home:
@@ -216,7 +230,19 @@ class Pair:
 
         return run
 
+    def programs(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any) -> Programs:
+        """Both programs on a batch, as an objective of several particles takes them."""
+        programs = Programs(self.run_model, self.run_guide, self.owners, batch, {DATA_PLATE: None, **sizes}, kl_weight)
+        rows = current_rows()
+        key = (*(tuple(t.shape) if isinstance(t, Tensor) else None for t in batch), rows is None)
+        if key not in self._noise:  # the first run of a shape is no trace and no vmap
+            self._noise[key] = programs.record()
+        programs.draws = self._noise[key]
+        return programs
+
     def _loss(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any) -> Tensor:
+        if isinstance(self.loss_fn, Objective):
+            return self.loss_fn.loss_of(self.programs(batch, sizes, kl_weight))
         model, guide = (self._scaled(program, sizes, kl_weight) for program in (self.run_model, self.run_guide))
         if self.pathwise:
             try:

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.nn import PyroModule
+from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, auxiliary, sample_sites
@@ -221,16 +222,17 @@ class DataPlate:
     def count(self, batch: Sequence[Any]) -> int:
         return len(batch[self.place])
 
-    def open(self, batch: Sequence[Any]) -> Any:
-        return _Opened(self, self.count(batch))
+    def open(self, batch: Sequence[Any], site: bool = True) -> Any:
+        """The plate for the present rows; with its own site as `pyro.plate` has, which a program may have once."""
+        return _Opened(self, self.count(batch), site)
 
 
 class _Opened:
     """The plate as a context; gives the shape `(B, 1, ...)` that a row's context vectors must have."""
 
-    def __init__(self, plate: DataPlate, rows: int):
+    def __init__(self, plate: DataPlate, rows: int, site: bool):
         self.shape = (rows, *([1] * (-plate.dim - 1)))
-        self.plate = pyro.plate(plate.name, rows, dim=plate.dim)
+        self.plate: Any = (pyro.plate if site else IndepMessenger)(plate.name, rows, dim=plate.dim)
         self.scale = poutine.scale(scale=1.0 if plate.full_size is None else plate.full_size / rows)
 
     def __enter__(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from dgm.distributions import sample_and_log_prob, sample_sites
+from dgm.distributions import auxiliary, sample_and_log_prob, sample_sites
 from dgm.errors import GuideError
 from dgm.noise import Recorded, recording, replaying
 from dgm.pair import all_rows, current_rows
@@ -82,7 +82,7 @@ class Free(PyroModule):
         stacked = {name.replace("|", "."): p if rows is None else p[rows] for name, p in self.members.items()}
         with self.plate.open(batch) as shape:
             density = _Stack(self.member, stacked, self.draws, Size(shape), self.packing.size)
-            u = pyro.sample(f"_{self.packing.plate}", density, infer={"is_auxiliary": True})  # (*S, B, d)
+            u = pyro.sample(f"_{self.packing.plate}", density, infer=auxiliary(self.packing))  # (*S, B, d)
             return sample_sites(self.packing, u, getattr(self.member, "has_density", True))
 
     def _rows(self, count: int) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from dgm.distributions import Affine, as_pyro, sample_sites
+from dgm.distributions import Affine, as_pyro, auxiliary, sample_sites
 from dgm.errors import GuideError
 from dgm.sites import DATA_PLATE, Latents, Packing, latents, start_values
 
@@ -73,7 +73,7 @@ class Global(PyroModule):
         self.family = placed(family(self.packing.size), start, scale)
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
-        u = pyro.sample("_global", as_pyro(self.family()), infer={"is_auxiliary": True})  # (*S, d)
+        u = pyro.sample("_global", as_pyro(self.family()), infer=auxiliary(self.packing))  # (*S, d)
         return sample_sites(self.packing, u, getattr(self.family, "has_density", True))
 
 
