@@ -15,6 +15,7 @@ from dgm.sites import DATA_PLATE, latents
 
 from .amortized import Amortized
 from .diagonal_normal import DiagonalNormal
+from .discrete import Discrete
 from .global_ import Global
 
 __all__ = ["Joint"]
@@ -24,7 +25,8 @@ class Joint(PyroModule):
     """q(w) prod_n q(z_n | x_n): Global for the latents of all rows, Amortized for those of each, as the model has them.
 
     It fits any model, so it is what `compare` and the command line use: a VAE gets the amortized part alone, a Bayesian
-    network the global part alone.
+    network the global part alone. Discrete latents get parts of their own (`Discrete`), unless the model marks them to
+    be enumerated: those are left out.
 
     Args:
         model: the model; only its sites are read.
@@ -33,6 +35,7 @@ class Joint(PyroModule):
         encoder: the encoder of the amortized part, unless it is given.
         local: a guide `(model, *batch, sites=...) -> guide` for the local latents of one plate.
         global_: the same for the global latents.
+        discrete: the same for the discrete latents, global ones and those of each plate.
         plates: names of the data plates.
 
     Raises:
@@ -57,6 +60,7 @@ class Joint(PyroModule):
         encoder: Callable[..., nn.Module] | nn.Module | None = None,
         local: Callable[..., nn.Module] | None = None,
         global_: Callable[..., nn.Module] | None = None,
+        discrete: Callable[..., nn.Module] | None = None,
         plates: Iterable[str] = (DATA_PLATE,),
     ):
         super().__init__()
@@ -66,14 +70,19 @@ class Joint(PyroModule):
         if not served:
             raise GuideError("the model has no latent to sample: there is nothing for a guide to do")
         self.parts: list[str] = []
-        outside = [site.name for site in served if site.plate is None]
+        outside = [site.name for site in served if site.plate is None and not site.discrete]
         if outside:
             make = global_ if global_ is not None else partial(Global, family=family)
             self._add("global_", make(model, *batch, sites=outside, plates=plates))
-        for plate in dict.fromkeys(site.plate for site in served if site.plate is not None):
-            inside = [site.name for site in served if site.plate == plate]
+        for plate in dict.fromkeys(site.plate for site in served if site.plate is not None and not site.discrete):
+            inside = [site.name for site in served if site.plate == plate and not site.discrete]
             make = local if local is not None else partial(Amortized, family=family, encoder=encoder)
             self._add(f"local_{plate}", make(model, *batch, sites=inside, plates=plates))
+        for plate in dict.fromkeys(site.plate for site in served if site.discrete):
+            finite = [site.name for site in served if site.plate == plate and site.discrete]
+            make = discrete if discrete is not None else partial(Discrete, encoder=encoder)
+            name = "discrete" if plate is None else f"discrete_{plate}"
+            self._add(name, make(model, *batch, sites=finite, plates=plates))
 
     def _add(self, name: str, part: nn.Module) -> None:
         setattr(self, name, part)
