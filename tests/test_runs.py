@@ -25,8 +25,8 @@ from dgm.models import bnn, vae
 from dgm.models.linear_vae import LinearVAE
 from dgm.programs import preserved_rng
 from dgm.registry import families, models
-from dgm.sites import latents
 from dgm.runs import Graphs
+from dgm.sites import latents
 from dgm.weights import LogWeightSampler
 
 NEVER = 10**9
@@ -66,7 +66,7 @@ def vae_pair() -> tuple[Any, Any, Tensor]:
 
 
 def drawn_by_noise(name: str) -> bool:
-    """Whether a guide's draws are a function of standard noise: those of discrete latents are not, and have no graph."""
+    """Whether the draws are a function of standard noise; those of discrete latents are not, and have no graph."""
     model, batch = models()[name].module.example()
     return not any(site.discrete for site in latents(model, *batch).values())
 
