@@ -106,7 +106,7 @@ class PerLayer(PyroModule):
         for name, layer in self.layers.items():
             family, order = self.families[_key(name)], getattr(self, _home(name), None)
             # objectives may read the packed vector's own density, where it is the family's as it stands
-            infer = auxiliary(layer.packing) if order is None else {"is_auxiliary": True}
+            infer: Any = auxiliary(layer.packing) if order is None else {"is_auxiliary": True}
             u = pyro.sample(f"_global_{name}", as_pyro(family()), infer=infer)  # (*S, d)
             if order is not None:
                 u = torch.index_select(u, -1, order)

@@ -29,8 +29,8 @@ class RankOne(PyroModule):
 
     M. W. Dusenberry, G. Jerfel, Y. Wen, Y. Ma, J. Snoek, K. Heller, B. Lakshminarayanan, D. Tran: Efficient and
     Scalable Bayesian Neural Nets with Rank-1 Factors, 2020. The model's own prior at the weights, log p(w), stands
-    where the authors have weight decay. Weights are the real global latents with two axes or more, (outputs, inputs, ...);
-    all others (biases, scales) are points. It starts at the network's own weights.
+    where the authors have weight decay. Weights are the real global latents with two axes or more, (outputs, inputs,
+    ...); all others (biases, scales) are points. It starts at the network's own weights.
 
     It has no density over the weights (`has_density` is False): the objective is that of another model, one whose
     latents are r and s and whose weights are parameters, and no bound on the evidence of the model as written.
