@@ -147,21 +147,19 @@ def _gaussian(found: ClosedForm, site: str, density: Any, packing: Packing, node
 # --- free bits -------------------------------------------------------------------------------------------------------
 
 
-def free_bits(
+def group_means(
     model: poutine.Trace,
     guide: poutine.Trace,
     exact: ClosedForm | None,
     plates: Mapping[str, Any],
-    factors: Mapping[str, Any],
-    least: float,
     groups: str,
-) -> Tensor:
-    """sum over local groups of N (max(least, mean_n KL_nj) - mean_n KL_nj): what free bits add to the loss.
+) -> dict[str, Tensor]:
+    """Means over the minibatch of the KL of each local group, `(groups,)`, by data plate: what free bits look at.
 
     Raises:
         ModelError: groups of one dimension are asked for, and a latent has no closed form of each.
     """
-    total: Any = 0.0
+    found: dict[str, list[Tensor]] = {}
     for name, node in sample_sites_of(guide):
         frame = data_frame(node, plates)
         if frame is None or node["is_observed"] or isinstance(node["fn"], Delta):
@@ -179,9 +177,8 @@ def free_bits(
                     terms.append(by_row(guide.nodes[site], torch.as_tensor(guide.nodes[site]["log_prob"]), plates)[1])
                 terms.append(-by_row(model.nodes[site], model.nodes[site]["log_prob"], plates)[1])
             kl = _sum(iter(terms))[:, None]
-        mean = kl.mean(0)  # over the minibatch, as its authors define it
-        total = total + factors[frame.name] * frame.size * (mean.clamp(min=least) - mean).sum()
-    return torch.as_tensor(total)
+        found.setdefault(frame.name, []).append(kl.mean(0))
+    return {plate: torch.cat(parts) for plate, parts in found.items()}
 
 
 def _sum(parts: Any) -> Tensor:
@@ -198,4 +195,4 @@ def _dimensions(site: str, node: Any, exact: ClosedForm | None, plates: Mapping[
     return rows.reshape(rows.shape[0], -1)  # (B, D)
 
 
-__all__ = ["ClosedForm", "closed_form", "free_bits"]
+__all__ = ["ClosedForm", "closed_form", "group_means"]

@@ -88,7 +88,7 @@ class ImportanceELBO(Objective):
             return stochastic(guide)
 
         values = programs.each(count, draw, programs.noise(count, self.draws))
-        fixed = tree_map(lambda t: t.detach(), values)
+        fixed = _constant(values)
 
         def log_weights(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             def one(values: Mapping[str, Tensor]) -> Terms:
@@ -217,6 +217,10 @@ class ReweightedWakeSleep(Objective):
         model = poutine.trace(poutine.replay(programs.model, trace=guide)).get_trace(*batch)
         terms, factors = terms_of(model, guide, programs.plates), factors_of(model, programs.plates)
         return sum((factors[p] * t[POSTERIOR].sum() for p, t in terms.rows.items()), torch.zeros(()))
+
+
+def _constant(tree: Any) -> Any:
+    return tree_map(lambda t: t.detach(), tree)
 
 
 def _guided(latents: Mapping[str, Tensor], programs: Programs) -> dict[str, Tensor]:

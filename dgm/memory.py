@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .programs import preserved_rng
 from .svi import SVI
@@ -45,10 +47,28 @@ def step_bytes(svi: SVI, batch: Sequence[Any], rows: Tensor | None) -> float:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with preserved_rng(), torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
-        svi.pair.loss(None, batch, sizes=svi.sizes, rows=rows)
+    try:
+        with preserved_rng(), torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+            svi.pair.loss(None, batch, sizes=svi.sizes, rows=rows)
+    except RuntimeError as error:
+        if "saved tensor" not in str(error):
+            raise
+        with preserved_rng(), _Made() as made:  # gradients inside of the loss: count all that it makes instead
+            svi.pair.loss(None, batch, sizes=svi.sizes, rows=rows)
+        kept = {0: made.bytes}
     parameters = sum(p.numel() * p.element_size() for p in svi.parameters.values())
     return 4.0 * parameters + 2.0 * sum(kept.values())
+
+
+class _Made(TorchDispatchMode):
+    """Counts the bytes of every tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
 
 
 def is_out_of_memory(error: BaseException) -> bool:

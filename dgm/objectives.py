@@ -14,13 +14,13 @@ from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor, nn
 
-from .analytic import closed_form, free_bits
+from .analytic import closed_form, group_means
 from .errors import GuideError, ModelError, OptionError
 from .layer_noise import LAYER_NOISE, LayerNoise, layer_noise
 from .particles import DRAWS, Draws, Programs
 from .programs import announce, owner
 from .sites import DATA_PLATE
-from .terms import LIKELIHOOD, POSTERIOR, PRIOR, Terms, by_row, factors_of, sample_sites_of, terms_of
+from .terms import LIKELIHOOD, POSTERIOR, PRIOR, Terms, by_row, factors_of, frames_of, sample_sites_of, terms_of
 
 
 class Objective(pyro.infer.ELBO):
@@ -198,8 +198,9 @@ class ELBO(Objective):
         if self.estimator in ("score", "mixed"):
             return self._score(programs)
         factors: dict[str, Any] = {}
+        rows: dict[str, int] = {}
 
-        def one() -> tuple[Tensor, Tensor]:
+        def one() -> tuple[Tensor, dict[str, Tensor]]:
             with layer_noise(self.layer_noise):
                 guide = programs.trace_guide()
                 refuse_unscorable(guide, self.estimator)
@@ -209,15 +210,19 @@ class ELBO(Objective):
             terms = terms_of(model, density, programs.plates, exact.by_site if exact is not None else None)
             factors.update(factors_of(model, programs.plates))
             bound = elbo_of(terms, factors, programs.kl_weight)
-            if not self.free_bits:
-                return bound, bound
-            freed = free_bits(model, guide, exact, programs.plates, factors, self.free_bits, self.groups)
-            return bound, bound - programs.kl_weight * freed
+            groups = group_means(model, guide, exact, programs.plates, self.groups) if self.free_bits else {}
+            rows.update({frame.name: frame.size for frame in frames_of(model, programs.plates)})
+            return bound, groups
 
         own = self.layer_noise != "shared"  # the layers draw noise on the way, so that particles run one by one
         noise = None if own else programs.noise(self.num_particles, self.draws)
-        bound, trained = programs.each(self.num_particles, one, noise)
-        return -with_value(bound.mean(), trained.mean()) if self.free_bits else -bound.mean()
+        bounds, groups = programs.each(self.num_particles, one, noise)
+        bound = freed = bounds.mean()
+        for plate, means in groups.items():  # (K, groups)
+            kl = means.mean(0)
+            lost = (kl.clamp(min=self.free_bits) - kl).sum()
+            freed = freed - programs.kl_weight * factors[plate] * rows[plate] * lost
+        return -with_value(bound, freed) if groups else -bound
 
     def _score(self, programs: Programs) -> Tensor:
         """f = log p - log q as the signal of grad log q, and its own pathwise gradient where a site has one."""

@@ -124,14 +124,25 @@ def _zeros(three: list[Any]) -> Tensor:
     return torch.zeros_like(next(v for v in three if isinstance(v, Tensor)))
 
 
+def frames_of(trace: poutine.Trace, plates: Mapping[str, Any]) -> list[Any]:
+    """The frames of the data plates that a trace opens, one for each."""
+    frames = (data_frame(node, plates) for _, node in sample_sites_of(trace))
+    return list({frame.name: frame for frame in frames if frame is not None}.values())
+
+
 def factors_of(trace: poutine.Trace, plates: Mapping[str, Any]) -> dict[str, Any]:
     """N / B of each data plate that a trace opens."""
-    found: dict[str, Any] = {}
-    for _, node in sample_sites_of(trace):
-        frame = data_frame(node, plates)
-        if frame is not None:
-            found[frame.name] = row_factor(frame, plates)
-    return found
+    return {frame.name: row_factor(frame, plates) for frame in frames_of(trace, plates)}
 
 
-__all__ = ["LIKELIHOOD", "POSTERIOR", "PRIOR", "Terms", "by_row", "factors_of", "sample_sites_of", "terms_of"]
+__all__ = [
+    "LIKELIHOOD",
+    "POSTERIOR",
+    "PRIOR",
+    "Terms",
+    "by_row",
+    "factors_of",
+    "frames_of",
+    "sample_sites_of",
+    "terms_of",
+]
