@@ -53,6 +53,21 @@ class FullNormal(LocationScale):
         index[row, column] = 1 + torch.arange(len(row))
         self.register_buffer("index", index.flatten(), persistent=False)
 
+    @torch.no_grad()
+    def initialise_covariance(self, loc: Tensor, covariance: Tensor) -> None:
+        """Start as any normal distribution, by the Cholesky factor of its covariance; with a context, the biases.
+
+        Args:
+            loc: (features,), the mean.
+            covariance: (features, features), positive definite.
+        """
+        tril = torch.linalg.cholesky(covariance.double())
+        self.initialise(loc, tril.diagonal().to(loc))
+        if self.features > 1:
+            lower = (tril / tril.diagonal().unsqueeze(-1)).to(loc)  # S (I + U): each row in units of its diagonal
+            row, column = torch.tril_indices(self.features, self.features, -1)
+            self.lower.bias.copy_(lower[row, column] / self.gain)
+
     def forward(self, context: Tensor | None = None) -> TriangularNormal:
         loc, log_scale = self.loc_and_log_scale(context)
         if self.features == 1:

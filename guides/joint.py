@@ -78,10 +78,10 @@ class Joint(PyroModule):
             inside = [site.name for site in served if site.plate == plate and not site.discrete]
             make = local if local is not None else partial(Amortized, family=family, encoder=encoder)
             self._add(f"local_{plate}", make(model, *batch, sites=inside, plates=plates))
-        for plate in dict.fromkeys(site.plate for site in served if site.discrete):
-            finite = [site.name for site in served if site.plate == plate and site.discrete]
+        for where in dict.fromkeys(site.plate for site in served if site.discrete):
+            finite = [site.name for site in served if site.plate == where and site.discrete]
             make = discrete if discrete is not None else partial(Discrete, encoder=encoder)
-            name = "discrete" if plate is None else f"discrete_{plate}"
+            name = "discrete" if where is None else f"discrete_{where}"
             self._add(name, make(model, *batch, sites=finite, plates=plates))
 
     def _add(self, name: str, part: nn.Module) -> None:
@@ -91,5 +91,7 @@ class Joint(PyroModule):
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         values: dict[str, torch.Tensor] = {}
         for name in self.parts:
-            values.update(getattr(self, name)(*batch, **kwargs) or {})
+            part = getattr(self, name)
+            told = {"given": dict(values)} if getattr(part, "conditional", False) else {}  # q(z | x, w)
+            values.update(part(*batch, **told, **kwargs) or {})
         return values
