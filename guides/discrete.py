@@ -101,7 +101,7 @@ class Discrete(PyroModule):
                 for frame in table.site.frames:
                     if frame.name != table.site.plate:
                         stack.enter_context(IndepMessenger(frame.name, frame.size, frame.dim))
-                infer = {"enumerate": self.enumerate} if self.enumerate else {}
+                infer: Any = {"enumerate": self.enumerate} if self.enumerate else {}
                 values[table.site.name] = pyro.sample(table.site.name, table.density(part), infer=infer)
         return values
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -44,7 +46,7 @@ class GaussianMixture(PyroModule):
         if features < 1 or components < 1:
             raise OptionError(f"GaussianMixture(features={features}, components={components}): expected positive sizes")
         self.features, self.components = features, components
-        self.enumerate = "parallel" if enumerate else None
+        self.infer: Any = {"enumerate": "parallel"} if enumerate else {}
         self.loc = nn.Parameter(torch.randn(components, features, generator=generator))
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.logits = nn.Parameter(torch.zeros(components))
@@ -54,7 +56,7 @@ class GaussianMixture(PyroModule):
         self._check(x)
         with pyro.plate("data", len(x)):
             prior = dist.Categorical(logits=self.logits)
-            c = pyro.sample("c", prior, infer={"enumerate": self.enumerate} if self.enumerate else {})  # (B,)
+            c = pyro.sample("c", prior, infer=dict(self.infer))  # (B,)
             pyro.sample("x", self.decode(c), obs=x)
 
     def decode(self, c: Tensor) -> Distribution:
