@@ -113,7 +113,7 @@ def as_pyro(density: Distribution) -> Any:
     return FamilyDistribution(density)
 
 
-def auxiliary(packing: Packing) -> dict[str, Any]:
+def auxiliary(packing: Packing) -> Any:
     """`infer` of the site of a packed vector: the guide's own, and which latents it fills (objectives read that)."""
     return {"is_auxiliary": True, "packing": packing}
 

@@ -5,6 +5,7 @@ The value of a loss is always the negative bound it is named after; what the est
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -56,9 +57,12 @@ class Objective(pyro.infer.ELBO):
         home = nn.ModuleList(m for m in (owner(model), owner(guide)) if m is not None)
         bind: Callable[[Any], Any] = lambda program: lambda *batch: program(*batch, **kwargs)  # noqa: E731
         programs = Programs(bind(model), bind(guide), home, args, {DATA_PLATE: None})
-        programs.draws = programs.record()
-        announce(dict(home.named_parameters()))
-        return self.loss_of(programs)
+        with warnings.catch_warnings():
+            # Pyro's modules say so of parameters that an estimator holds constant for one term
+            warnings.filterwarnings("ignore", message=".*was not registered in the param store")
+            programs.draws = programs.record()
+            announce(dict(home.named_parameters()))
+            return self.loss_of(programs)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         with torch.no_grad():

@@ -230,6 +230,12 @@ class Pair:
 
         return run
 
+    def learn_noise(self, batch: Sequence[Any], rows: Tensor | None = None) -> None:
+        """Find the noise of one particle on batches of this shape, before anybody records, traces or maps the loss."""
+        if isinstance(self.loss_fn, Objective):
+            with self.running(rows=rows):
+                self.programs(batch, {}, 1.0)
+
     def programs(self, batch: Sequence[Any], sizes: Mapping[str, Any], kl_weight: Any) -> Programs:
         """Both programs on a batch, as an objective of several particles takes them."""
         programs = Programs(self.run_model, self.run_guide, self.owners, batch, {DATA_PLATE: None, **sizes}, kl_weight)

@@ -68,6 +68,7 @@ class ReplicaGraph:
         """The draws of a step; all replicas must agree in them."""
         found: list[Recorded] = []
         for svi, batch, chosen in zip(owner.svis, batches, rows, strict=True):
+            svi.pair.learn_noise(batch, chosen)
             with preserved_rng(), preserved_buffers(svi.model, svi.guide), recording() as draws:
                 svi.pair.loss(None, batch, sizes=svi.sizes, rows=chosen)
             if not svi.pair.pathwise and svi.pair.not_pathwise is not None:

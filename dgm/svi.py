@@ -217,6 +217,7 @@ class SVI(pyro.infer.SVI):
             if not self.pair.pathwise and self.pair.not_pathwise is not None:
                 raise Untraceable(f"site {self.pair.not_pathwise!r} has no pathwise gradient (score function)")
             with preserved_rng(), preserved_buffers(self.model, self.guide):
+                self.pair.learn_noise(batch, rows)
                 with recording() as draws:
                     self.pair.loss(None, batch, sizes=self.sizes, rows=rows)
                 if not draws.complete:

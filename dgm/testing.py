@@ -19,7 +19,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from .bounds import importance_bound
-from .pair import Minibatch, NotReparameterised
+from .pair import Minibatch, NotReparameterised, Pair
 from .programs import Program, StartValues, bound, evaluating, isolated, preserved_rng, program_name, with_home
 from .sites import DATA_PLATE, Latents, Site, latents, trace_once
 from .svi import SVI
@@ -154,7 +154,8 @@ def check_pair(
 ) -> None:
     """The laws of a model and its guide. The pair is left as it came.
 
-    `dgm.SVI` gives the losses of `pyro.infer.SVI` at the same seed, traced and eager; nothing reaches Pyro's global
+    `dgm.SVI` gives the losses of `pyro.infer.SVI` at the same seed, traced and eager (of the objective that the guide
+    asks for, where it has one, else of Trace_ELBO); nothing reaches Pyro's global
     store; every parameter receives a gradient; the log weights have their shape, are finite, and one draw of them is
     the negative loss of the same noise; no bound lies above the evidence.
 
@@ -186,7 +187,7 @@ def check_pair(
         with _restored(first):
             mine = _losses(first, batch, steps)
             _every_parameter_learns(first, batch, name)
-        runs = [("pyro.infer.SVI", lambda: _stock_losses(model, guide, batch, steps, lr))]
+        runs = [("pyro.infer.SVI", lambda: _stock_losses(model, guide, first.pair.loss_fn, batch, steps, lr))]
         if compile and first.fallback is None:
             eager = SVI(first.model, first.guide, make, compile=False)
             runs.append(("the eager step", lambda: _losses(eager, batch, steps)))
@@ -203,13 +204,15 @@ def _losses(svi: SVI, batch: Sequence[Any], steps: int) -> list[float]:
     return [svi.step(*batch) for _ in range(steps)]
 
 
-def _stock_losses(model: Program, guide: Program, batch: Sequence[Any], steps: int, lr: float) -> list[float]:
+def _stock_losses(
+    model: Program, guide: Program, loss: Any, batch: Sequence[Any], steps: int, lr: float
+) -> list[float]:
     with pyro.get_param_store().scope(), pyro.settings.context(module_local_params=False):
         model, guide = _registered("model", model), _registered("guide", guide)
         with preserved_rng(0), torch.no_grad(), StartValues():  # whatever is made at the first call is made
             trace = poutine.trace(guide).get_trace(*batch)
             poutine.replay(model, trace=trace)(*batch)
-        svi = pyro.infer.SVI(model, guide, pyro.optim.PyroOptim(torch.optim.Adam, {"lr": lr}), pyro.infer.Trace_ELBO())
+        svi = pyro.infer.SVI(model, guide, pyro.optim.PyroOptim(torch.optim.Adam, {"lr": lr}), loss)
         torch.manual_seed(3)
         return [float(svi.step(*batch)) for _ in range(steps)]
 
@@ -266,9 +269,10 @@ def _log_weight_laws(
     svi: SVI, batch: Sequence[Any], plates: Sequence[str], name: str, log_evidence: Tensor | None, draws: int = 100
 ) -> None:
     model, guide = svi.model, svi.guide
+    single = Pair(model, guide, pyro.infer.Trace_ELBO())  # one draw, whatever objective the guide asks for
     for seed in (1, 2):
         with evaluating(model, guide), preserved_rng(seed):
-            loss = float(svi.pair.loss(None, batch))
+            loss = float(single.loss(None, batch))
         terms = log_weight_terms(model, guide, *batch, num_samples=1, seed=seed, plates=plates)
         weight = float(terms.total)
         told = f"{name}: one draw's log weights sum to {weight:.8g}, the negative loss of the same noise is {-loss:.8g}"
