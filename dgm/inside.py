@@ -95,6 +95,7 @@ def log_joint(
         trace = poutine.trace(poutine.condition(model, dict(values))).get_trace(*batch, **(options or {}))
         trace.compute_log_prob()
     total: Any = 0.0
+    node: Any  # Pyro's Message leaves every field optional
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or site_is_subsample(node):
             continue
@@ -121,7 +122,7 @@ def log_target(
     given: Mapping[str, Tensor] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """The function u -> sum_n [log p(x_n, z_n(u_n) | w) + log |dz_n / du_n|], `(*S, B, d)` to `()`, to take gradients of.
+    """u -> sum_n [log p(x_n, z_n(u_n) | w) + log |dz_n / du_n|], `(*S, B, d)` to `()`: to take gradients of.
 
     Rows do not depend on each other, so that the gradient in u holds that of each row.
 

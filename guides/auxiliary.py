@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
+from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, auxiliary, sample_sites
@@ -90,7 +91,7 @@ class Auxiliary(PyroModule):
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         context = self.encoder(self.features(batch))  # (B, c)
-        name, own = f"_{self.packing.plate}", {"is_auxiliary": True}
+        name, own = f"_{self.packing.plate}", InferDict(is_auxiliary=True)
         with self.plate.open(batch) as shape:
             context = context.reshape(*shape, context.shape[-1])
             a = pyro.sample(f"{name}_auxiliary", self.start(context), infer=own)  # (*S, B, aux)

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
 from dgm.distributions import sample_sites
@@ -95,6 +96,7 @@ class HamiltonianAnnealing(Amortized):
             plates=plates,
         )
         refuse_unknown(latents(model, *batch, plates=plates), self.packing.sites, type(self).__name__)
+        self.family: DiagonalNormal
         self.__dict__["model"] = model  # a reference: its parameters are the model's, not the guide's
         self.steps = steps
         self.log_step = nn.Parameter(torch.tensor(math.log(step_size)))
@@ -109,7 +111,7 @@ class HamiltonianAnnealing(Amortized):
 
     def forward(self, *batch: Any, given: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Tensor]:
         context = self.encoder(self.features(batch))  # (B, c)
-        name, own = f"_{self.packing.plate}", {"is_auxiliary": True}
+        name, own = f"_{self.packing.plate}", InferDict(is_auxiliary=True)
         shape = (len(context), *[1] * (-self.plate.dim - 1))
         plate = self.plate.open(batch)  # entered twice: the model opens its own in between
         loc, log_scale = self.family.loc_and_log_scale(context.reshape(*shape, -1))

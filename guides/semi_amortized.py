@@ -94,6 +94,7 @@ class SemiAmortized(Amortized):
             plates=plates,
         )
         refuse_unknown(latents(model, *batch, plates=plates), self.packing.sites, type(self).__name__)
+        self.family: DiagonalNormal
         self.__dict__["model"] = model  # a reference: its parameters are the model's, not the guide's
         self.steps, self.clip, self.second_order = steps, float(clip), second_order
         self.log_step = nn.Parameter(torch.full((2,), math.log(step_size)))

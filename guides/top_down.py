@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -57,7 +56,6 @@ class TopDown(PyroModule):
     """
 
     conditional = True
-    evaluations_per_step = 1
 
     def __init__(
         self,

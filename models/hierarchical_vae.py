@@ -94,10 +94,10 @@ class HierarchicalVAE(DecoderModel):
 
     def prior_code(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws of z_1 from the prior."""
-        z = None
-        for name, size in zip(self.names, reversed(self.latents), strict=True):
-            prior = self.prior(name, z).base_dist
-            z = prior.loc + prior.scale * self._normal(n, size, generator)
+        z = self._normal(n, self.latents[-1], generator)
+        for name, size in zip(self.names[1:], self.latents[-2::-1], strict=True):
+            prior = self.prior(name, z)
+            z = prior.mean + prior.stddev * self._normal(n, size, generator)
         return z
 
 
