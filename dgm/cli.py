@@ -47,7 +47,15 @@ Binarize = Annotated[
     _option("--binarize", help="Pixels of images: batch, once, threshold or none.", default="the data set's own"),
 ]
 Attach = Annotated[str, _option("--attach", help="How a family is attached to the model (`dgm list guides`).")]
-Guides = Annotated[str | None, _option("--guides", help="Guide families, comma-separated.", default=FAMILIES)]
+Guides = Annotated[
+    str | None,
+    _option(
+        "--guides",
+        "--guide",
+        help="Families or guides of `dgm list guides`, or path/to/file.py:name of your own, comma-separated.",
+        default=FAMILIES,
+    ),
+]
 Epochs = Annotated[int | None, _option("--epochs", min=1, help="Passes over the training rows.", default=PRESET)]
 BatchSize = Annotated[int | None, _option("--batch-size", min=1, help="Rows in a step.", default=PRESET)]
 Rate = Annotated[float | None, _option("--lr", help="Step size of Adam.", default="by model and data")]
@@ -60,6 +68,9 @@ Compile = Annotated[
 ]
 RunModel = Annotated[
     str | None, _option("--model", help="path/to/file.py:name, where the run's model is your own.", default="the run's")
+]
+RunGuide = Annotated[
+    str | None, _option("--guide", help="path/to/file.py:name, where the run's guide is your own.", default="the run's")
 ]
 RunData = Annotated[str | None, _option("--data", help="The run's data file, where it has moved.", default="the run's")]
 RunDataDir = Annotated[str | None, _option("--data-dir", help="Folder with data files.", default="the run's")]
@@ -155,7 +166,9 @@ def compare(
 def train(
     model: Model = "vae",
     data: Data = "digits",
-    guide: Annotated[str, _option("--guide", help="Guide family.")] = "full-normal",
+    guide: Annotated[
+        str, _option("--guide", help="A family or guide of `dgm list guides`, or path/to/file.py:name of your own.")
+    ] = "full-normal",
     attach: Attach = "joint",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -195,11 +208,16 @@ def evaluate(
     folder: Folder,
     samples: Annotated[int, _option("--samples", min=1, help="K of the bound.")] = 5000,
     model: RunModel = None,
+    guide: RunGuide = None,
     data: RunData = None,
     data_dir: RunDataDir = None,
 ) -> None:
     """How good is a trained pair? Bound, k-hat and predictive scores on held-out rows."""
-    _go(lambda: _work("commands_run").run_evaluate(folder, model=model, data=data, data_dir=data_dir, samples=samples))
+    _go(
+        lambda: _work("commands_run").run_evaluate(
+            folder, model=model, guide=guide, data=data, data_dir=data_dir, samples=samples
+        )
+    )
 
 
 @app.command()
@@ -212,20 +230,23 @@ def sample(
     seed: Annotated[int, _option("--seed", min=0, help="Of the draws.")] = 0,
     mean: Annotated[bool, _option("--mean/--pixels", help="Images: E[x | z], or x itself.", default="mean")] = True,
     model: RunModel = None,
+    guide: RunGuide = None,
     data: RunData = None,
     data_dir: RunDataDir = None,
 ) -> None:
     """Draw from a trained model: images (PNG), rows (CSV), or predictions of the test inputs (CSV)."""
     _go(
         lambda: _work("commands_run").run_sample(
-            folder, model=model, data=data, data_dir=data_dir, n=n, seed=seed, mean=mean, out=out
+            folder, model=model, guide=guide, data=data, data_dir=data_dir, n=n, seed=seed, mean=mean, out=out
         )
     )
 
 
 @app.command("list")
-def list_(what: Annotated[str, typer.Argument(help="models, guides, data or all.")] = "all") -> None:
-    """Models, guides and data sets, one line each."""
+def list_(
+    what: Annotated[str, typer.Argument(help="models, guides, data, all, or compatibility (a table).")] = "all",
+) -> None:
+    """Models, guides and data sets, one line each; or which guide goes with what."""
     _go(lambda: _work().run_list(what))
 
 

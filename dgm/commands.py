@@ -6,7 +6,6 @@ Imported by `dgm.cli` when a command runs, so that `dgm --help` waits for nothin
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import re
 import sys
@@ -27,6 +26,7 @@ from .checks import check_observed
 from .compare import compare
 from .data import check_batch_size
 from .datasets import names
+from .entries import guides_of
 from .errors import OptionError
 from .files import Dataset
 from .optim import adam
@@ -126,15 +126,13 @@ class Task:
         return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.") for part in (model, self.data.name))
 
     def guides(self, families: Iterable[str] | None, attach: str) -> dict[str, Callable[..., Any]]:
-        """Families by name, attached with this task's encoder where the way to attach has one."""
+        """Guides by name, families attached, with this task's encoder where there is one."""
         guides = importlib.import_module("dgm.guides")  # by name: the core does not know the zoo
         mlp = importlib.import_module("dgm.guides.encoders").mlp
         chosen = tuple(guides.DEFAULT if families is None else families)
         if not chosen:
             raise OptionError(f"no guide family is named: give some of {', '.join(guides.DEFAULT)}")
-        way = registry.find(attach, registry.attachments(), "way to attach").make
-        options = {"encoder": mlp(*self.encoder)} if "encoder" in inspect.signature(way).parameters else {}
-        return guides.attached(chosen, attach, **options)
+        return guides_of(chosen, attach, offers={"encoder": mlp(*self.encoder)})
 
     def whole(self, seed: int) -> tuple[torch.Tensor, ...]:
         """All training rows, as the model sees them."""
@@ -343,6 +341,9 @@ def run_inspect(source: Source, *, guides: tuple[str, ...] | None, attach: str) 
     with preserved_rng(0):
         model = job.make()
     found = latents(model, *batch)
+    lines = {f"model {program_name(model)}": _parameters(model)}
+    for name, make in chosen.items():
+        lines[f"guide {name}"] = _parameters(job.pair(make, 0)[1])
     print(f"{program_name(model)} on {job.data}\n\nlatents\n{_indented(repr(found))}\n\nobserved")
     for name, node in found.observed.items():
         fn = node["fn"]
@@ -354,9 +355,6 @@ def run_inspect(source: Source, *, guides: tuple[str, ...] | None, attach: str) 
         "\nplates\n" + _indented("\n".join(f"{name}  {frame.size}" for name, frame in found.plates.items()) or "none")
     )
     print("\nparameters")
-    lines = {f"model {program_name(model)}": _parameters(model)}
-    for name, make in chosen.items():
-        lines[f"guide {name}"] = _parameters(job.pair(make, 0)[1])
     width = max(map(len, lines))
     print("\n".join(f"  {name.ljust(width)}  {number:>10,}" for name, number in lines.items()))
     return OK

@@ -11,6 +11,7 @@ from typing import Any
 
 from .commands import INTERRUPTED, OK, SOME_FAILED, Source, Task, compile_of, plural, results_folder, saved, task
 from .draws import write_draws
+from .entries import entry_name
 from .errors import DataError, OptionError, TrainingError
 from .evaluate import evaluate
 from .files import Dataset
@@ -36,11 +37,12 @@ def run_train(
     """Train one pair and write it to a folder."""
     how = compile_of(compile)
     job = task(source, epochs=epochs, batch_size=batch_size, lr=lr)
-    make = job.guides([guide], attach)[guide]
+    name = entry_name(guide)
+    make = job.guides([guide], attach)[name]
     checked_seed(seed)
-    with results_folder(out, f"{job.name}-{guide}", RECIPE) as folder:
+    with results_folder(out, f"{job.name}-{name}", RECIPE) as folder:
         model, attached = job.pair(make, seed)
-        print(f"{program_name(model)} on {job.data.name} with {guide}: {plural(job.epochs, 'epoch')}", flush=True)
+        print(f"{program_name(model)} on {job.data.name} with {name}: {plural(job.epochs, 'epoch')}", flush=True)
         result, code = _fitted(job, model, attached, seed, how)
         saved(lambda: save_run(folder, _spec(job, guide, attach, seed) | {"compile": compile}, result), folder)
     last = result.history.iloc[-1:]
@@ -75,10 +77,19 @@ def _fitted(job: Task, model: Any, guide: Any, seed: int, how: Compile) -> tuple
         return interrupted.args[0], INTERRUPTED
 
 
-def run_evaluate(folder: Path, *, model: str | None, data: str | None, data_dir: str | None, samples: int) -> int:
+def run_evaluate(
+    folder: Path,
+    *,
+    model: str | None,
+    guide: str | None = None,
+    data: str | None,
+    data_dir: str | None,
+    samples: int,
+) -> int:
     """Evaluate a trained pair on the held-out rows."""
-    job, run, pair = _restored(folder, model, data, data_dir)
-    print(f"{program_name(pair[0])} on {job.data.name} with {run.spec['guide']}, {len(job.data.test[0])} held-out rows")
+    job, run, pair = _restored(folder, model, guide, data, data_dir)
+    told = f"{program_name(pair[0])} on {job.data.name} with {entry_name(run.spec['guide'])}"
+    print(f"{told}, {len(job.data.test[0])} held-out rows")
     print(evaluate(*pair, job.data.test, num_samples=samples, y_std=job.data.y_std, seed=run.spec["seed"]))
     return OK
 
@@ -87,6 +98,7 @@ def run_sample(
     folder: Path,
     *,
     model: str | None,
+    guide: str | None = None,
     data: str | None,
     data_dir: str | None,
     n: int,
@@ -95,7 +107,7 @@ def run_sample(
     out: Path | None,
 ) -> int:
     """Write draws from a trained pair."""
-    job, _, pair = _restored(folder, model, data, data_dir)
+    job, _, pair = _restored(folder, model, guide, data, data_dir)
     print(f"samples: {write_draws(*pair, job.data, out, folder, n=n, seed=seed, mean=mean)}")
     return OK
 
@@ -128,33 +140,36 @@ def _digest(data: Dataset) -> str:
 
 
 def _restored(
-    folder: Path, model: str | None, data: str | None, data_dir: str | None
+    folder: Path, model: str | None, guide: str | None, data: str | None, data_dir: str | None
 ) -> tuple[Task, Run, tuple[Any, Any]]:
     """The task and the trained pair of a run.
 
     Raises:
-        OptionError: the run's model is in a file, which only the command line may name: a folder from elsewhere must
-            not make code run. DataError: the run is damaged, or its data are not those that it was trained on.
+        OptionError: the run's model or guide is in a file, which only the command line may name: a folder from
+            elsewhere must not make code run. DataError: the run is damaged, or its data are not those that it was
+            trained on.
     """
     run = load_run(folder)
     try:
         spec = run.spec
         source = Source(**spec["source"])
-        guide, attach, seed, rows = spec["guide"], spec["attach"], spec["seed"], spec["rows"]
+        trained, attach, seed, rows = str(spec["guide"]), spec["attach"], spec["seed"], spec["rows"]
         kept = {"encoder": spec["encoder"], "options": spec["options"]}
     except (KeyError, TypeError) as error:
         raise DataError(f"{folder / RECIPE} is damaged: {type(error).__name__}: {error}") from error
-    if is_file(source.model) and model is None:
-        raise OptionError(
-            f"this run's model is in a file: give it by --model {source.model} if you trust it; a run's folder alone "
-            "makes no code run"
-        )
-    given = {"model": model, "data": data, "data_dir": data_dir}
-    job = task(Source(**{**asdict(source), **{k: v for k, v in given.items() if v is not None}}), saved=kept)
+    for role, was, given in (("model", source.model, model), ("guide", trained, guide)):
+        if is_file(was) and given is None:
+            raise OptionError(
+                f"this run's {role} is in a file: give it by --{role} {was} if you trust it; a run's folder alone "
+                "makes no code run"
+            )
+    told = {"model": model, "data": data, "data_dir": data_dir}
+    job = task(Source(**{**asdict(source), **{k: v for k, v in told.items() if v is not None}}), saved=kept)
     if _digest(job.data) != rows:
         raise DataError(
             f"the rows of {job.source.data!r} are not those that the run in {folder} was trained and tested on: "
             "give the file as it was by --data"
         )
-    fresh, attached = job.pair(job.guides([guide], attach)[guide], seed)
+    (make,) = job.guides([guide or trained], attach).values()
+    fresh, attached = job.pair(make, seed)
     return job, run, run.restore(fresh, attached, *job.whole(seed))

@@ -99,7 +99,7 @@ def model_of(spec: str, data: Dataset, **options: Any) -> tuple[Maker, Dataset]:
 
 
 def is_file(spec: str) -> bool:
-    """Whether a model is given by its file.
+    """Whether a model or guide is given by its file.
 
     >>> is_file("tides.py:Tides"), is_file("vae")
     (True, False)
@@ -207,15 +207,15 @@ def made_from_file(spec: str) -> Any:
     try:
         made = thing()
     except Exception as error:  # the user's own code may fail in any way
-        raise ModelError(f"{spec} cannot be called: {_where(error, spec)}") from error
+        raise ModelError(f"{spec} cannot be called: {where_in_file(error, spec)}") from error
     return made if callable(made) else thing
 
 
-def object_from_file(spec: str) -> Any:
-    """What "path/to/file.py:name" names.
+def object_from_file(spec: str, what: str = "model") -> Any:
+    """What "path/to/file.py:name" names; `what` is what messages call it.
 
     Raises:
-        ModelError: no such file or name, a file that cannot be imported, or an object that is no model.
+        ModelError: no such file or name, a file that cannot be imported, or an object that is no model or guide.
     """
     path, _, name = spec.rpartition(":")
     if spec.endswith(".py"):
@@ -223,7 +223,7 @@ def object_from_file(spec: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():
         near = [f.name for f in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise ModelError(f"no model file {os.fspath(file)!r}" + (f"; {did_you_mean(file.name, near)}" if near else ""))
+        raise ModelError(f"no {what} file {os.fspath(file)!r}" + (f"; {did_you_mean(file.name, near)}" if near else ""))
     module = _imported(file.resolve())
     own = [
         n
@@ -237,9 +237,8 @@ def object_from_file(spec: str) -> Any:
     if thing is None:
         raise ModelError(f"{path} has no {name!r}: {did_you_mean(name, own)}")
     if not callable(thing):
-        raise ModelError(
-            f"{spec} is of type {type(thing).__name__}, expected a model class, an nn.Module or a function"
-        )
+        kinds = "a model class, an nn.Module or a function" if what == "model" else "a class or a function"
+        raise ModelError(f"{spec} is of type {type(thing).__name__}, expected {kinds}")
     return thing
 
 
@@ -259,18 +258,30 @@ def _imported(file: Path) -> ModuleType:
             found.loader.exec_module(module)
     except Exception as error:  # the user's own code may fail in any way
         del sys.modules[unique]
-        raise ModelError(f"{file} cannot be imported: {_where(error, os.fspath(file))}") from error
+        raise ModelError(f"{file} cannot be imported: {where_in_file(error, os.fspath(file))}") from error
     finally:
         sys.path.remove(os.fspath(file.parent))
     return module
 
 
-def _where(error: BaseException, spec: str) -> str:
-    """The error in one line, with the line of the user's file."""
+def where_in_file(error: BaseException, spec: str | None) -> str:
+    """The error in one line, with the line of the user's file, if there is one."""
+    if spec is None:
+        return f"{type(error).__name__}: {error}"
     file = str(Path(spec.rpartition(":")[0] if not spec.endswith(".py") else spec).expanduser().resolve())
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     line = error.lineno if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
     return f"{type(error).__name__}: {error}" + (f" (line {line})" if line else "")
 
 
-__all__ = ["DATA_ENDINGS", "Maker", "data_of", "is_file", "made_from_file", "matched", "model_of", "object_from_file"]
+__all__ = [
+    "DATA_ENDINGS",
+    "Maker",
+    "data_of",
+    "is_file",
+    "made_from_file",
+    "matched",
+    "model_of",
+    "object_from_file",
+    "where_in_file",
+]

@@ -398,7 +398,7 @@ def test_a_record_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("--model", "bn"), "unknown model 'bn': did you mean 'bnn'?"),
         (("--data", "digit"), "did you mean 'digits'?"),
-        (("--guides", "full-norml"), "did you mean 'full-normal'?"),
+        (("--guides", "full-norml"), "did you mean 'full-normal'"),
         (("--guides", ","), "no guide family is named"),
         (("--attach", "joit"), "did you mean 'joint'?"),
         (("--lr", "-1", "--search-lr"), "lr is -1.0"),
