@@ -46,7 +46,8 @@ class MultiplicativeFlow(PyroModule):
         transforms: steps of the flow, and of the reverse model, at least 1.
         hidden: widths of the masked networks' hidden layers, one or more.
         init_scale: standard deviation of the weights at the start; else the model's `init_scale`, else 0.1.
-        z_scale: that of z, > 0.
+        z_scale: that of z, > 0: relative to the weights. Too small a start stays: the gradient of the flow is
+            proportional to it.
         sites: names of the latents to serve; default all.
         init: constrained start values by site name; otherwise the model's `init_values()`, else the prior's median.
         plates: names of the data plates.
@@ -72,7 +73,7 @@ class MultiplicativeFlow(PyroModule):
         transforms: int = 2,
         hidden: Sequence[int] = (32,),
         init_scale: float | None = None,
-        z_scale: float = 0.05,
+        z_scale: float = 0.3,
         sites: Iterable[str] | None = None,
         init: Mapping[str, Tensor] | None = None,
         plates: Iterable[str] = (DATA_PLATE,),
