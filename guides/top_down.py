@@ -31,6 +31,7 @@ class TopDown(PyroModule):
     (mu^_l, sigma^_l) are the heads of a deterministic network on the data, one layer of it for each site, the last
     site of the program (next to the data) first. The guide runs the program itself, so any number of sites in any order
     is served. Each log sigma^ starts near 0: a site of prior N(0, 1) near scale 0.7, one with a sharp prior near it.
+    Being so near the prior it may stay there for good: train with a KL warm-up, as the paper does.
     (Sonderby, Raiko, Maaloe, Sonderby and Winther, "Ladder Variational Autoencoders", 2016.)
 
     Attaches to every model whose local latents have normal priors, of one data plate; in Joint beside a guide for the
