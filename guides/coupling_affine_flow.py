@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,8 +14,6 @@ from .flow import Flow
 
 __all__ = ["CouplingAffineFlow"]
 
-STEEPEST = math.log(1000.0)
-
 
 class CouplingAffineFlow(Flow):
     """A normal whose halves are shifted and scaled in turn, as told by the other half and the context.
@@ -25,9 +22,9 @@ class CouplingAffineFlow(Flow):
         (s, m) = network(u_{t-1}[a], c),    z = loc(c) + exp(log_scale(c)) u_T
 
     L. Dinh, J. Sohl-Dickstein, S. Bengio: Density estimation using Real NVP, 2017. The halves a and b are the even and
-    odd features and change places from step to step; no batch normalisation; s is bounded softly to log 1000 either
-    way. All networks start at zero output: the family starts exactly as `DiagonalNormal`. `CouplingSplineFlow` moves
-    the halves by splines instead, at several times the cost; given the other half, an affine step leaves a half normal.
+    odd features and change places from step to step; no batch normalisation; |s| < 1, by a tanh: a step changes a
+    scale by less than e. All networks start at zero output: the family starts exactly as `DiagonalNormal`.
+    `CouplingSplineFlow` moves the halves by splines instead, at some five times the cost of a step.
 
     A draw, and the log-density of any value, take one pass through each network.
 
@@ -80,7 +77,7 @@ class AffineStep(CouplingStep):
 
     def maps(self, parameters: Tensor) -> tuple[Push, Push]:
         s, m = parameters.unbind(-1)
-        s = s / (1 + s.abs() / STEEPEST)
+        s = torch.tanh(0.5 * s)  # with |s| < 2, short fits of a banana or a funnel ended low, or in NaN
         return partial(_push, s, m), partial(_pull, s, m)
 
 

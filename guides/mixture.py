@@ -49,7 +49,7 @@ class Mixture(Family):
     Args:
         features: the dimension d, at least 1; at most 32 for learned weights.
         context: features of the context; 0 for none.
-        components: K, at least 1; one is `DiagonalNormal`.
+        components: K, at least 1; one is `DiagonalNormal`. More fit better in the end and learn more slowly.
         weights: "uniform" or "learned".
         scale: standard deviation at the start, > 0; by default 0.1 without a context, 1 with one.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
+from torch.distributions import constraints
 
 from dgm.errors import OptionError
 
@@ -65,32 +67,60 @@ class StudentT(LocationScale):
         if scale is not None:
             self.log_scale.bias.add_(self._log_narrower())
 
-    def forward(self, context: Tensor | None = None) -> dist.Independent:
+    def forward(self, context: Tensor | None = None) -> PolarStudentT:
         loc, log_scale = self.loc_and_log_scale(context)
-        t = PolarStudentT(1 + self.log_df(context).exp(), loc, log_scale.exp(), validate_args=False)
-        return dist.Independent(t, 1, validate_args=False)
+        return PolarStudentT(1 + self.log_df(context).exp(), loc, log_scale.exp())
 
 
-class PolarStudentT(dist.StudentT):
-    """Student t distribution drawn by Bailey's method from two uniforms, with gradients in all parameters.
+class PolarStudentT(TorchDistribution):
+    """Independent Student t distributions drawn by Bailey's method from two uniforms, with gradients in all parameters.
 
-    >>> df = torch.tensor(3.0, requires_grad=True)
-    >>> PolarStudentT(df, 0.0, 1.0).rsample((5,)).requires_grad
+    Args:
+        df, loc, scale: (*batch, d); df > 1 and scale > 0.
+
+    >>> df = torch.full((3,), 2.5, requires_grad=True)
+    >>> PolarStudentT(df, torch.zeros(3), torch.ones(3)).rsample((5,)).requires_grad
     True
     """
 
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - torch reads it from the class
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, df: Tensor, loc: Tensor, scale: Tensor) -> None:
+        self.df, self.loc, self.scale = df, loc, scale
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> PolarStudentT:
+        # the parameters broadcast against the noise, so that only the shape of the noise changes
+        new = self._get_checked_instance(PolarStudentT, _instance)
+        new.__dict__.update(self.__dict__)
+        new._batch_shape = Size(batch_shape)
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Infinite where df is 2 or less."""
+        finite = self.scale.square() * self.df / (self.df - 2)
+        return torch.where(self.df > 2, finite, torch.inf).expand(self.batch_shape + self.event_shape)
+
     def rsample(self, sample_shape: Shape = Size()) -> Tensor:
-        shape, kind = self._extended_shape(Size(sample_shape)), {"dtype": self.loc.dtype, "device": self.loc.device}
+        shape, dtype, device = self._extended_shape(Size(sample_shape)), self.loc.dtype, self.loc.device
         # Both ends are cut by half a step of the generator: log 0 is infinite, and so is the slope of sqrt at 0.
-        eps = torch.finfo(self.loc.dtype).eps
-        u, v = torch.rand(shape, **kind).clamp(eps / 4, 1 - eps / 2), torch.rand(shape, **kind)
+        eps = torch.finfo(dtype).eps
+        u = torch.rand(shape, dtype=dtype, device=device).clamp(eps / 4, 1 - eps / 2)
+        v = torch.rand(shape, dtype=dtype, device=device)
         radius = torch.sqrt(self.df * torch.expm1(-2 * u.log() / self.df))
         return self.loc + self.scale * radius * torch.cos(2 * math.pi * v)
 
     def log_prob(self, value: Tensor) -> Tensor:
         y = (value - self.loc) / self.scale
         normaliser = _log_gamma_step(0.5 * self.df) - 0.5 * torch.log(math.pi * self.df) - self.scale.log()
-        return normaliser - 0.5 * (self.df + 1) * torch.log1p(y.square() / self.df)
+        return (normaliser - 0.5 * (self.df + 1) * torch.log1p(y.square() / self.df)).sum(-1)
 
 
 def _log_gamma_step(x: Tensor) -> Tensor:
