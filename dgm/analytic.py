@@ -126,7 +126,8 @@ def _gaussian(found: ClosedForm, site: str, density: Any, packing: Packing, node
     prior = model.nodes[site]["fn"]
     while isinstance(prior, td.Independent):
         prior = prior.base_dist
-    log_det = getattr(density, "log_scale", None)  # of TriangularNormal
+    # TriangularNormal, whose class the core does not know: a normal by its Cholesky factor and log-determinant
+    log_det = density.log_scale if hasattr(density, "scale_tril") and hasattr(density, "log_scale") else None
     if not isinstance(prior, td.Normal) or (log_det is None and not isinstance(density, td.LowRankMultivariateNormal)):
         return False
     u = node["value"]

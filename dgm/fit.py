@@ -12,6 +12,7 @@ from tqdm import tqdm
 from .feeding import Transform, _sources
 from .pace import Compile
 from .programs import Program, preserved_rng
+from .schedules import KLSchedule
 from .training import Fit, Interrupted, Options, Plan, checked_seed, move
 
 
@@ -39,6 +40,7 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
     clip: float | None = None,
     kl_warmup: float = 0.0,
     kl_weight: float = 1.0,
+    kl_schedule: KLSchedule | None = None,
     validation: float | Any | None = None,
     validate_every: int = 1,
     patience: int | None = None,
@@ -63,12 +65,15 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
         batch_size: rows in a step; None for all. The last smaller batch is used too.
         optim: a torch optimiser factory, a torch optimiser or a PyroOptim; default Adam with `lr`.
         lr: step size of the default optimiser.
-        loss: a Pyro ELBO, default `Trace_ELBO()`.
+        loss: a Pyro ELBO or one of `dgm.ELBO`, `dgm.ImportanceELBO`, ...; default what the guide asks for, else
+            `Trace_ELBO()`.
         schedule: factory of a torch learning-rate scheduler; it moves once an epoch, or once a step if `steps` is
             given.
         clip: largest norm of the gradient.
         kl_warmup: epochs (or steps, if `steps` is given) over which the weight of log p(z) - log q(z) rises from 0 to 1
             (Bowman et al., "Generating sentences from a continuous space", 2016).
+        kl_schedule: a function of the time in epochs (or steps) that gives the weight instead of the warm-up:
+            `dgm.schedules.cyclical(10)`, or one of your own.
         validation: share of the rows held out, or held-out arrays; their bound stands in the history.
         validate_every: epochs between validations.
         patience: stop by `NoisyPlateau(patience)` on the held-out bound, and keep the best validated parameters.

@@ -47,7 +47,8 @@ class SVI(pyro.infer.SVI):
         model, guide: Pyro programs with the same call signature.
         optim: a torch optimiser factory (`partial(torch.optim.Adam, lr=1e-3)`), a ready torch optimiser over all
             parameters of the pair, or a `PyroOptim`.
-        loss: a Pyro ELBO; default `Trace_ELBO()`.
+        loss: a Pyro ELBO, or one of `dgm.ELBO`, `dgm.ImportanceELBO`, `dgm.RenyiELBO`, `dgm.ReweightedWakeSleep`;
+            default what the guide asks for by `objective()`, else `Trace_ELBO()`.
         sizes: number of rows of the full data for each data plate, e.g. `{"data": 60_000}`.
         compile: False runs Pyro's step; "trace" a graph of loss and gradients, then the optimiser; "inductor" the whole
             step, update included, through torch's compiler; "auto" goes from one to the next where the run is long

@@ -16,6 +16,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import dgm
+import dgm.schedules
 from dgm import importance, objectives
 from dgm.errors import GuideError, ModelError, OptionError
 from dgm.guides.encoders import mlp
@@ -238,7 +239,7 @@ def test_at_the_exact_posterior_the_guide_has_no_gradient_noise(name: str) -> No
 
 
 def test_dreg_has_a_better_signal_than_the_pathwise_gradient() -> None:
-    """Rainforth et al., 2018: at K = 64 the pathwise signal of the guide drowns; Tucker et al., 2019: dreg's does not."""
+    """At K = 64 the guide's pathwise signal drowns (Rainforth et al., 2018), dreg's does not (Tucker et al., 2019)."""
     ratio = {}
     for estimator in ("pathwise", "dreg"):
         pair = Pair(Shifted(), Line(), dgm.ImportanceELBO(64, estimator=estimator))  # type: ignore[arg-type]
@@ -372,7 +373,7 @@ def test_local_noise_has_less_variance() -> None:
 def test_layer_noise_needs_a_linear_layer_with_normal_weights() -> None:
     model, batch = regression()
     guide = Global(model, *batch, family=FullNormal).double()
-    with pytest.raises(GuideError, match="no nn.Linear of the model got its weight from an independent normal"):
+    with pytest.raises(GuideError, match=r"no nn\.Linear of the model got its weight from an independent normal"):
         Pair(model, guide, dgm.ELBO(layer_noise="local")).loss(None, batch)
 
 
@@ -463,3 +464,33 @@ def test_bounds_of_several_samples_refuse_global_latents(loss: Any) -> None:
     svi = dgm.SVI(model, Joint(model, *batch), partial(torch.optim.Adam, lr=1e-3), loss, sizes={"data": 100})
     with pytest.raises(ModelError, match=r"latent '.*' is global, and .* needs its weight over all rows at once"):
         svi.step(*batch)
+
+
+# --- schedules of the KL weight --------------------------------------------------------------------------------------
+
+
+def test_a_schedule_gives_the_weight_of_each_step() -> None:
+    fit = dgm.fit(Shifted(), Line(), X, epochs=8, batch_size=2, kl_schedule=dgm.schedules.cyclical(4, ramp=0.5))
+    assert fit.history["kl_weight"].tolist() == [0.5, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
+    warm, linear = (
+        dgm.fit(Shifted(), Line(), X, epochs=6, **options).history
+        for options in ({"kl_warmup": 3}, {"kl_schedule": dgm.schedules.linear(3)})
+    )
+    assert warm["elbo"].equals(linear["elbo"]) and warm["kl_weight"].tolist()[:3] == [1 / 3, 2 / 3, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_schedule": 0.5}, "kl_schedule is a function of the time"),
+        ({"kl_schedule": dgm.schedules.linear(2), "kl_warmup": 2}, "instead of kl_warmup"),
+        ({"kl_schedule": lambda t: -t}, "kl_schedule gives -1.0 at step 1"),
+    ],
+)
+def test_bad_schedules(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        dgm.fit(Shifted(), Line(), X, epochs=2, **options)
+    with pytest.raises(OptionError, match="length is 0"):
+        dgm.schedules.linear(0)
+    with pytest.raises(OptionError, match="ramp is 2"):
+        dgm.schedules.cyclical(10, ramp=2)
