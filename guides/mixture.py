@@ -39,7 +39,8 @@ class Mixture(Family):
       Backpropagation through Mixture Density Distributions, 2016; M. Figurnov, S. Mohamed, A. Mnih: Implicit
       Reparameterization Gradients, 2018.) A draw costs d^2 K more, up to 32 features. Unbiased, but mass passes from
       mode to mode through what lies between: the farther the modes are apart, the rarer and larger the gradients
-      that tell of it.
+      that tell of it. One draw's has a standard deviation of 1.6 at two modes 4 of their standard deviations apart,
+      of 50 at 8, about a mean of 1.
 
     The start has mean 0 and standard deviation `scale` in every coordinate, and equal weights. Its components have the
     standard deviation 0.87 `scale` and random means, 0.5 `scale` apart in standard deviation: equal ones would stay
