@@ -39,14 +39,14 @@ from dgm.provenance import provenance
 from dgm.registry import attachments, families
 from dgm.sites import Packing, latents
 
-ATTACHED = {
+ATTACHED: dict[str, tuple[str, dict[str, Any]]] = {
     "ensemble of 5 points": ("ensemble", {"members": 5}),
     "ensemble of 5 normals": ("ensemble", {"members": 5, "family": "diagonal-normal"}),
     "Stein, 50 points": ("stein", {"members": 50}),
     "Laplace, full": ("laplace", {"structure": "full"}),
     "Laplace, diagonal": ("laplace", {"structure": "diagonal"}),
     "SWAG": ("swag", {}),
-    "Hamiltonian annealing": ("hamiltonian", {}),
+    "multiplicative flow": ("multiplicative-flow", {}),
     "NUTS": ("nuts", {}),
 }
 

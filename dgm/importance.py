@@ -178,6 +178,7 @@ class ReweightedWakeSleep(Objective):
         self.sleep = float(sleep)
 
     def loss_of(self, programs: Programs) -> Tensor:
+        apart(programs, self.name)
         terms, factors = _terms(programs, self.num_particles, self.draws, self.name, scored=True)
         value, surrogate = torch.zeros(()), torch.zeros(())
         for plate, three in terms.rows.items():  # (K, 3, B)

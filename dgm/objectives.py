@@ -96,7 +96,7 @@ def with_value(value: Tensor, surrogate: Tensor) -> Tensor:
 
 
 def apart(programs: Programs, estimator: str) -> None:
-    """Refuse an estimator that leaves out the gradient of log q where a part of it is a reverse model's to learn.
+    """Refuse an estimator that changes or leaves out the gradient of log q where a reverse model learns by it.
 
     Raises:
         GuideError: the guide says that it holds a reverse density.
@@ -104,8 +104,8 @@ def apart(programs: Programs, estimator: str) -> None:
     for part in programs.home.modules() if programs.home is not None else ():
         if getattr(part, "reverse_density", False):
             raise GuideError(
-                f"{type(part).__name__} learns a reverse density through its log q, whose parameters "
-                f'estimator="{estimator}" would hold fixed: use estimator="pathwise"'
+                f"{type(part).__name__} learns a reverse density through its log q, which {estimator!r} would train "
+                'wrongly or not at all: use ELBO or ImportanceELBO with estimator="pathwise"'
             )
 
 

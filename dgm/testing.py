@@ -270,6 +270,8 @@ def _log_weight_laws(
 ) -> None:
     model, guide = svi.model, svi.guide
     single = Pair(model, guide, pyro.infer.Trace_ELBO())  # one draw, whatever objective the guide asks for
+    with preserved_rng(0):
+        single.loss(None, batch)  # a site without a pathwise gradient is met once, and draws twice then
     for seed in (1, 2):
         with evaluating(model, guide), preserved_rng(seed):
             loss = float(single.loss(None, batch))
