@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +33,8 @@ def check_family(family: Callable[..., nn.Module], *, features: Sequence[int] = 
 
     Shapes with and without a context; the density that comes with a draw is that of an equal value; it integrates to
     one and the draws follow it, \int q = E_q[r / q] = 1 for any density r, in one and two dimensions within 4.5
-    standard errors; every parameter receives a gradient.
+    standard errors; every parameter receives a gradient; the state dict makes another object the same density, and a
+    deep copy shares nothing with its original.
 
     Args:
         family: `family(features, context=c)` makes the module.
@@ -52,6 +54,7 @@ def check_family(family: Callable[..., nn.Module], *, features: Sequence[int] = 
                 module = _stirred(family(size, context=width).double())
                 where = f"{name}(features={size}, context={width})"
                 _family_shapes(module, size, width, where)
+                _family_copies(module, family(size, context=width).double(), size, width, where)
                 _family_gradients(module, width, where)
                 if getattr(module, "has_density", True):
                     _family_density(module, size, width, where)
@@ -79,6 +82,27 @@ def _family_shapes(module: nn.Module, size: int, width: int, where: str) -> None
                 again = q.log_prob(x.detach().clone())
                 off = float((again - log_q).detach().abs().max())
                 require(off < 1e-6, f"{where}: log_prob of an equal value is {off:.2g} off from that of the draw")
+
+
+@torch.no_grad()
+def _family_copies(module: nn.Module, other: nn.Module, size: int, width: int, where: str) -> None:
+    context = torch.randn(3, width).double() if width else None
+    x = torch.randn(3, size).double() if width else torch.randn(size).double()
+    twin = copy.deepcopy(module)
+    other.load_state_dict(module.state_dict())
+    dense = getattr(module, "has_density", True)
+    for what, same in (("a deep copy", twin), ("an object with the same state dict", other)):
+        for seed in (0, 1):
+            with preserved_rng(seed):
+                mine = module(context).log_prob(x) if dense else module(context).rsample()
+            with preserved_rng(seed):
+                theirs = same(context).log_prob(x) if dense else same(context).rsample()
+            require(torch.equal(mine, theirs), f"{where}: {what} is another density")
+    before = [p.clone() for p in module.parameters()]
+    for parameter in twin.parameters():
+        parameter.add_(1.0)
+    kept = all(torch.equal(p, was) for p, was in zip(module.parameters(), before, strict=True))
+    require(kept, f"{where}: a deep copy shares a parameter with its original")
 
 
 def _family_gradients(module: nn.Module, width: int, where: str) -> None:
