@@ -19,6 +19,7 @@ from .errors import OptionError
 from .heldout import row_chunks
 from .metrics import CategoricalPrediction, GaussianPrediction
 from .pair import Pair, chunk_of
+from .posthoc import has_density, notes_of
 from .programs import Program, preserved_rng
 from .psis import k_threshold, pareto_k
 from .runs import Graphs, Runs
@@ -114,10 +115,10 @@ def evaluate(
             start += len(rows)
     frame = pd.concat([part[0] for part in parts], ignore_index=True)
     has_global, is_point = parts[0][1], parts[0][2]
-    notes = []
+    notes = notes_of(guide)
     if is_point:
         notes.append(
-            "the guide's latents are points: they have no density, so there is no bound on log p(x), and the training "
+            "the guide's latents are points, or it has no density: there is no bound on log p(x), and the training "
             "curve is none either"
         )
     if has_global:
@@ -152,14 +153,15 @@ def _weights(
             kept.append(chunk.local)
             count += len(chunk.local)
     columns = {"bound": summary.importance_bound, "elbo": summary.elbo, "ess": summary.ess}
-    if num_samples >= 100 and sampler.has_local:
+    is_point = sampler.has_local and (sampler.runs.deterministic or not has_density(guide, local=True))
+    if num_samples >= 100 and sampler.has_local and not is_point:
         columns["khat"] = pareto_k(torch.cat(kept)[:KHAT_SAMPLES])
     else:
         columns["khat"] = torch.full_like(summary.elbo, math.nan)
     frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
-    if sampler.is_point:
+    if is_point:
         frame[:] = math.nan
-    return frame, sampler.has_global, sampler.is_point
+    return frame, sampler.has_global, is_point
 
 
 def _summary(frame: pd.DataFrame, num_samples: int, has_global: bool) -> dict[str, float]:
@@ -222,8 +224,10 @@ def global_khat(
 ) -> float:
     """k-hat of the whole posterior of the global latents, from log weights over all training rows.
 
-    NaN where the guide is a point.
+    NaN where the guide is a point, or has no density.
     """
+    if not has_density(guide):
+        return math.nan
     with preserved_rng(seed):
         sampler = LogWeightSampler(model, guide, *batch, plates=plates)
         if sampler.runs.deterministic:

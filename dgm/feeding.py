@@ -109,6 +109,14 @@ class Memory:
         """The arrays to be checked before training: the rows of this source."""
         return self.tensors if self.own is None else tuple(t[self.own] for t in self.tensors)
 
+    def everything(self, seed: int) -> Batch:
+        """All rows of this source in memory, transformed once: what a guide's `finish` is given."""
+        rows = slice(None) if self.own is None else self.own
+        batch = tuple(t[rows] for t in self.tensors)
+        if self.transform is None:
+            return batch
+        return self.transform(batch, torch.Generator(self.device).manual_seed(seed))
+
     @cached_property
     def _all(self) -> Batch:
         return self.all_rows()
@@ -172,6 +180,10 @@ class Loaded:
             # converted and checked where the loader left it: a check on the device would wait for the step before
             batch = as_tensors(tuple(item) if isinstance(item, (list, tuple)) else item, dtype=self.dtype)
             yield tuple(moved(t, self.device) for t in batch), None
+
+    def everything(self, seed: int) -> Batch:
+        """All rows that one pass of the loader gives, in memory: what a guide's `finish` is given."""
+        return tuple(torch.cat(parts) for parts in zip(*(batch for batch, _ in self.epoch()), strict=True))
 
 
 def moved(t: Tensor, device: torch.device | str | None) -> Tensor:

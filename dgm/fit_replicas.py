@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import as_tensors, split_rows
-from .errors import GuideError, OptionError, TrainingError
+from .errors import DGMError, GuideError, OptionError
 from .feeding import Memory, checked_rows
 from .flush import flushed
 from .graph import Untraceable
@@ -186,9 +186,11 @@ def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict
             single["compile"] = False  # the reason was said once
         try:
             fits[k] = fit(model, guide, starts.own(k), **single)
-        except TrainingError as error:
-            result: Fit = error.fit  # type: ignore[attr-defined]
-            result.error = str(error)
+        except DGMError as error:
+            result: Fit | None = getattr(error, "fit", None)
+            if result is None:
+                raise
+            result.error = str(error)  # it diverged, or its `finish` refused: no reason to stop the others
             fits[k] = result
         except Interrupted as error:
             raise Interrupted(error.fit, {**fits, k: error.fit}) from error
@@ -205,12 +207,16 @@ class _Group:
         self.runs: list[Run] = []
         self.sources: list[Memory] = []
         self.members: list[int] = []
+        self.untrained = False
         limit = len(members)
         for k in members[:]:
             if len(self.members) >= limit:
                 break
             self.members.append(k)
             self._add(k)
+            if len(self.members) == 1 and self.runs[0].untrained():
+                self.untrained, self.members = True, list(members)
+                break
             if len(self.members) == 1 and len(members) > 1:
                 limit = self._limit(len(members))
 
@@ -250,6 +256,8 @@ class _Group:
 
     def train(self) -> dict[int, Fit]:
         """The fits by number of replica."""
+        if self.untrained:  # no steps to make together: each guide makes its posterior by its `finish`
+            return one_by_one(self.starts, self.members, self.options)
         seeds = [self.starts.table.seeds[k] for k in self.members]
         owns = [source.own for source in self.sources]
         own = None if owns[0] is None else torch.stack([o for o in owns if o is not None])
@@ -275,7 +283,17 @@ class _Group:
         engine.finish()
         for run in self.runs:
             run.engine = f"{engine.engine}, {len(self.runs)} replicas"
-        return {k: run.result(run.why) for k, run in zip(self.members, self.runs, strict=True)}
+        fits = {}
+        for k, run in zip(self.members, self.runs, strict=True):
+            try:
+                fits[k] = run.result(run.why) if run.error is not None else run.finished(run.why)
+            except DGMError as error:
+                run.error = str(error)
+                fits[k] = run.result(run.why)
+            except KeyboardInterrupt as error:
+                rest = {j: r.result("interrupted") for j, r in zip(self.members, self.runs, strict=True)}
+                raise Interrupted(rest[self.members[0]], {**rest, **fits}) from error
+        return fits
 
     def _go(self, engine: Replicas, total: int) -> None:
         epoch, first = 0, self.runs[0]

@@ -13,13 +13,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .checks import check_all_rows
-from .errors import OptionError, TrainingError
+from .checks import check_all_rows, check_observed
+from .errors import DGMError, OptionError, TrainingError
 from .feeding import Batch, Loaded, Memory, Transform
 from .heldout import HeldOut
 from .optim import adam
 from .pace import Compile
-from .programs import Program, owner, program_name
+from .pair import batch_rows
+from .posthoc import finishers
+from .programs import Program, owner, preserved_rng, program_name
+from .schedules import KLSchedule
 from .sites import DATA_PLATE
 from .stopping import NoisyPlateau
 from .svi import SVI
@@ -32,9 +35,11 @@ class Fit:
     Attributes:
         model, guide: the trained pair, in place.
         history: one row for each epoch (or step): epoch, step, evaluations, elbo (training, nats a datum), kl_weight,
-            lr, valid_elbo and valid_se (nats a datum; NaN where not validated), seconds.
-        steps, evaluations: optimiser steps; model density evaluations (rows times particles).
-        seconds, cpu_seconds: wall-clock and process time of training, validation apart; a replica's share of its group.
+            lr, valid_elbo and valid_se (nats a datum; NaN where not validated), seconds. The last row's valid_elbo is
+            that of the finished guide, where the guide has a `finish`.
+        steps, evaluations: optimiser steps; model density evaluations (rows times particles), `finish` included.
+        seconds, cpu_seconds: wall-clock and process time of training and of the guide's `finish`, validation apart; a
+            replica's share of its group.
         stopped: why training ended.
         error: of a replica that met a value that is not finite; None for all others.
         engine: how the steps ran: "eager", "trace" or "inductor", and why not faster.
@@ -77,6 +82,7 @@ class Plan:
     kl_warmup: float
     seed: int
     kl: float = 1.0
+    kl_schedule: KLSchedule | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
@@ -87,6 +93,10 @@ class Plan:
             raise OptionError("give epochs or steps, one of them")
         if not 0 <= self.kl_warmup < math.inf:
             raise OptionError(f"kl_warmup is {self.kl_warmup!r}, expected a number of {self.unit}s >= 0")
+        if self.kl_schedule is not None and (self.kl_warmup or not callable(self.kl_schedule)):
+            raise OptionError(
+                "kl_schedule is a function of the time, such as dgm.schedules.cyclical(10), instead of kl_warmup"
+            )
         if not 0 <= self.kl < math.inf:
             raise OptionError(f"kl_weight is {self.kl!r}, expected a number >= 0; 1 for the ELBO")
 
@@ -98,6 +108,11 @@ class Plan:
         return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
 
     def kl_weight(self, step: int, steps_per_epoch: int) -> float:
+        if self.kl_schedule is not None:
+            weight = float(self.kl_schedule((step + 1) / (1 if self.unit == "step" else steps_per_epoch)))
+            if not 0 <= weight < math.inf:
+                raise OptionError(f"kl_schedule gives {weight!r} at step {step + 1}, expected a weight >= 0")
+            return self.kl * weight
         length = self.kl_warmup * (1 if self.unit == "step" else steps_per_epoch)
         return self.kl if length == 0 else self.kl * min(1.0, (step + 1) / length)
 
@@ -127,6 +142,7 @@ class Options:
     clip: float | None = None
     kl_warmup: float = 0.0
     kl_weight: float = 1.0
+    kl_schedule: KLSchedule | None = None
     validation: float | Any | None = None
     validate_every: int = 1
     patience: int | None = None
@@ -148,7 +164,7 @@ class Options:
     def plan(self, seed: int, kl_weight: float) -> Plan:
         """How long, with which seed and KL weight; 100 epochs unless told."""
         epochs = 100 if self.epochs is None and self.steps is None else self.epochs
-        return Plan(epochs, self.steps, self.kl_warmup, checked_seed(seed), kl_weight)
+        return Plan(epochs, self.steps, self.kl_warmup, checked_seed(seed), kl_weight, self.kl_schedule)
 
     def single(self, seed: int, lr: float, kl_weight: float) -> dict[str, Any]:
         """The arguments of `fit` for one replica."""
@@ -201,12 +217,55 @@ class Run:
 
     def go(self, schedule: Callable[[torch.optim.Optimizer], Any] | None, bar: Any) -> Fit:
         try:
-            return self.result(self._train(schedule, bar))
+            if self.untrained():
+                return self.finished(f"nothing to train: {program_name(self.svi.guide)} was made by its finish")
+            return self.finished(self._train(schedule, bar))
         except TrainingError as error:
             error.fit = self.result("a value was not finite")  # type: ignore[attr-defined]
             raise
         except KeyboardInterrupt as error:
             raise Interrupted(self.result("interrupted")) from error
+
+    def untrained(self) -> bool:
+        """Whether there is nothing for SVI to do, because the guide makes its posterior by its `finish` alone."""
+        if not finishers(self.svi.guide):
+            return False
+        batch = self.source.first() if isinstance(self.source, Memory) else next(iter(self.source.epoch()))[0]
+        plates = {DATA_PLATE, *self.svi.sizes}
+        with batch_rows(torch.arange(len(batch[0]), device=batch[0].device)):
+            check_observed(self.svi.model, batch, plates)
+            self.svi.pair.check(batch, plates)  # makes the parameters that Pyro makes lazily
+        return not self.svi.pair.parameters()
+
+    def finished(self, why: str) -> Fit:
+        """The result, once the guide has made its posterior of all training rows, where it has a `finish`.
+
+        Raises:
+            DGMError: `finish` refuses; the error's `fit` is the training before it.
+        """
+        result, parts = self.result(why), finishers(self.svi.guide)
+        if not parts:
+            return result
+        start, cpu = time.perf_counter(), time.process_time()
+        rows = self.source.everything(self.plan.seed)
+        for part in parts:
+            try:
+                with preserved_rng(self.plan.seed):
+                    part.finish(self.svi.model, *rows, seed=self.plan.seed)
+            except DGMError as error:
+                error.fit = result  # type: ignore[attr-defined]
+                raise
+            self.evaluations += getattr(part, "evaluations", 0)
+        self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - cpu
+        self.best = None
+        if self.held_out is not None:  # made anew: it remembers whether the guide drew noise
+            held = self.held_out
+            self.held_out = HeldOut(held.model, held.guide, held.batch, sizes=self.svi.sizes)
+            if not self.rows:
+                self.record(0, [], 1.0)
+            self.validate()
+        return self.result(result.stopped)
 
     def _train(self, schedule: Callable[[torch.optim.Optimizer], Any] | None, bar: Any) -> str:
         total = self.plan.total(self.source.steps)
@@ -249,7 +308,7 @@ class Run:
                 "epoch": epoch,
                 "step": self.svi.steps,
                 "evaluations": self.evaluations,
-                "elbo": -float(np.mean(losses)) / self.source.rows,
+                "elbo": -float(np.mean(losses)) / self.source.rows if len(losses) else math.nan,
                 "kl_weight": weight,
                 "lr": optimiser.param_groups[0]["lr"] if optimiser is not None else math.nan,
                 "valid_elbo": math.nan,
@@ -262,14 +321,21 @@ class Run:
         """Validate where it is time; whether the rule says that it is enough."""
         if self.held_out is None or (epoch % self.validate_every and not last):
             return False
-        per_datum = self.held_out.bound(seed=self.plan.seed)
-        value, error = float(per_datum.mean()), float(per_datum.std() / math.sqrt(len(per_datum)))
-        self.rows[-1].update(valid_elbo=value, valid_se=error)
+        value, error, per_datum = self.validate()
         if self.rule is None:
             return False
         if self.best is None or value > self.best[0]:
             self.best = (value, {n: p.detach().clone() for n, p in self.svi.parameters.items()})
         return self.rule.update(value, error, per_datum)
+
+    def validate(self) -> tuple[float, float, Tensor]:
+        """The bound of the held-out rows, now: mean, standard error, and of each row; it stands in the last row."""
+        if self.held_out is None:
+            raise OptionError("no held-out rows to validate on")
+        per_datum = self.held_out.bound(seed=self.plan.seed)
+        value, error = float(per_datum.mean()), float(per_datum.std() / math.sqrt(len(per_datum)))
+        self.rows[-1].update(valid_elbo=value, valid_se=error)
+        return value, error, per_datum
 
     def result(self, why: str) -> Fit:
         self.svi.settle()

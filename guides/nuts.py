@@ -1,0 +1,314 @@
+"""NUTS: draws of the posterior itself by Hamiltonian Monte Carlo, as the reference row of a comparison."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.infer.mcmc import NUTS as Kernel
+from torch import Size, Tensor
+from torch.distributions import constraints
+
+from dgm.distributions import sample_sites
+from dgm.errors import GuideError, OptionError
+from dgm.log_joint import Gradient, LogJoint
+from dgm.pair import all_rows, current_rows
+from dgm.programs import Program, isolated, preserved_rng, program_name, with_home
+from dgm.sites import DATA_PLATE, Packing, latents, start_values, trace_once
+
+from .amortized import DataPlate
+from .global_ import select
+from .mode import Finished
+
+__all__ = ["NUTS"]
+
+
+class NUTS(Finished):
+    """q(u) = 1/S sum_s delta(u - u_s): draws u_1, ..., u_S of p(u | x) by the No-U-Turn sampler, one picked at random.
+
+    Hoffman and Gelman, "The No-U-Turn Sampler", 2014; Vehtari et al., "Rank-normalization, folding, and
+    localization: an improved R-hat", 2021.
+
+    The reference that other guides are held against, where it is feasible: every step of the sampler is a gradient over
+    all rows. There is nothing to train: `dgm.fit` calls `finish`, which runs Pyro's kernel, chain after chain in this
+    process, on the log joint density traced once as a graph. Before it the guide is a point at the start. It has no
+    density (`has_density` is False): no bound and no k-hat, but the predictive score.
+
+    Args:
+        model: the model, without trainable parameters; continuous latents.
+        batch: all rows of data, as the model takes it.
+        draws: of each chain, at least 4. warmup: steps before them, in which step size and metric adapt.
+        chains: at least 1; R-hat across two or more sees what one does not.
+        target: acceptance probability that the step size is adapted to, in (0, 1).
+        depth: largest depth of a trajectory's tree, 2^depth gradients.
+        scale: chains start at the start values plus normal noise of this standard deviation, unconstrained.
+        sites: names of the latents to serve; all of the model's.
+        init: constrained start values by site name, as in `Global`.
+        limit: largest number of unconstrained latents, those of every row counted.
+        plates: names of the data plates.
+
+    Attributes:
+        samples: (chains * draws, d), the unconstrained draws, chain after chain.
+        rhat, ess: (d,), rank-normalised split R-hat and bulk effective sample size of each coordinate.
+        divergences: (), trajectories after warm-up that diverged. notes: the worst of these in words.
+        evaluations: rows whose density `finish` evaluated.
+
+    No parameters; a sample costs one look-up.
+
+    Raises:
+        OptionError: an argument out of its domain.
+        GuideError: a model with trainable parameters, by name; more latents than `limit`; latents left out. In
+            `finish`: a start where the density is not finite, or other rows than those given here.
+
+    >>> from dgm.models.bayesian_linear_regression import example
+    >>> model, batch = example()
+    >>> guide = NUTS(model, *batch, draws=20, warmup=20)
+    >>> guide.finish(model, *batch)
+    >>> guide(*batch)["w"].shape, guide.samples.shape
+    (torch.Size([3]), torch.Size([40, 3]))
+    """
+
+    has_density = False
+    samples: Tensor
+    rhat: Tensor
+    ess: Tensor
+    divergences: Tensor
+    acceptance: Tensor
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *batch: Any,
+        draws: int = 500,
+        warmup: int = 500,
+        chains: int = 2,
+        target: float = 0.8,
+        depth: int = 10,
+        scale: float = 0.5,
+        sites: Iterable[str] | None = None,
+        init: Mapping[str, Tensor] | None = None,
+        limit: int = 2000,
+        plates: Iterable[str] = (DATA_PLATE,),
+    ):
+        for name, value in (("draws", draws), ("warmup", warmup), ("chains", chains), ("depth", depth)):
+            least = 4 if name == "draws" else 1  # R-hat splits each chain
+            if value < least:
+                raise OptionError(f"NUTS: {name} is {value!r}, expected a whole number of at least {least}")
+        if not 0 < target < 1 or not 0 <= scale < math.inf:
+            raise OptionError(f"NUTS: target is {target!r} and scale {scale!r}, expected one in (0, 1) and one >= 0")
+        super().__init__()
+        self.draws, self.warmup, self.chains = draws, warmup, chains
+        self.target, self.depth, self.scale, self.plates = target, depth, scale, tuple(plates)
+        refuse_parameters(model, batch)
+        found = latents(model, *batch, plates=self.plates)
+        chosen = select(found, sites)
+        left = sorted(set(found) - {site.name for site in chosen})
+        if left or not chosen:
+            what = f"leaves out the latent {left[0]!r}" if left else "finds no latent to draw"
+            raise GuideError(f"NUTS {what}: it draws all latents of a model together")
+        start = start_values(model, batch, chosen, init)
+        self.packings, parts = [], []
+        self.data_plates: list[DataPlate | None] = []
+        for plate in dict.fromkeys(site.plate for site in chosen):
+            packing = Packing([site for site in chosen if site.plate == plate])
+            self.packings.append(packing)
+            self.data_plates.append(None if plate is None else DataPlate(packing.sites[0], batch))
+            parts.append(packing.pack(start).flatten())
+        joint = LogJoint(model, self.packings, self.plates)
+        self.sizes = joint.sizes
+        if joint.size > limit:
+            raise GuideError(
+                f"NUTS: {joint.size} unconstrained latents, those of every row counted, are more than limit={limit}: "
+                "take Global or Joint, fewer rows, or a larger limit if you have the time"
+            )
+        self.register_buffer("samples", torch.cat(parts).expand(chains * draws, joint.size).clone())
+        for name, shape in (("rhat", (joint.size,)), ("ess", (joint.size,)), ("divergences", ()), ("acceptance", ())):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        self.evaluations = 0
+
+    @property
+    def notes(self) -> list[str]:
+        if not self.done:
+            return []
+        worst, least = self._name(int(self.rhat.nan_to_num(math.inf).argmax())), self._name(int(self.ess.argmin()))
+        return [
+            f"NUTS: {self.chains} chains of {self.draws} draws, R-hat at most {float(self.rhat.max()):.3f} ({worst}), "
+            f"effective sample size at least {float(self.ess.min()):.0f} ({least}), {int(self.divergences)} "
+            f"divergences, mean acceptance {float(self.acceptance):.2f}"
+        ]
+
+    def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
+        u = pyro.sample("_draw", OneOf(self.samples if self.done else self.samples[:1]), infer={"is_auxiliary": True})
+        values: dict[str, Tensor] = {}
+        for packing, plate, part in zip(self.packings, self.data_plates, u.split(self.sizes, -1), strict=True):
+            if plate is None:
+                values.update(sample_sites(packing, part, False))
+                continue
+            count = plate.count(batch)
+            rows = current_rows()
+            total = all_rows() or (count if rows is None else plate.rows)
+            if total != plate.rows:
+                raise GuideError(
+                    f"NUTS holds draws of the latents of {plate.rows} rows and sees {total}: it has none of held-out "
+                    "rows; use it for models whose latents are global, or look at the rows it was made with"
+                )
+            own = part.unflatten(-1, (plate.rows, packing.size))  # (*S, rows, d)
+            own = own if rows is None else torch.index_select(own, -2, rows)
+            with plate.open(batch) as shape:
+                values.update(sample_sites(packing, own.unflatten(-2, shape), False))
+        return values
+
+    def finish(self, model: Callable[..., Any], *data: Any, seed: int = 0) -> None:
+        """Draw from the posterior given all rows.
+
+        Args:
+            model: the model. data: the rows that the guide was made with. seed: of starts and chains.
+
+        Raises:
+            GuideError: a density that is not finite at a start; rows other than those of the constructor.
+        """
+        for plate in self.data_plates:
+            if plate is not None and plate.count(data) != plate.rows:
+                raise GuideError(f"NUTS was made for {plate.rows} rows, finish got {plate.count(data)}")
+        joint, start = LogJoint(model, self.packings, self.plates), self.samples[0].clone()
+        counted = _Counted(joint.traced(start, *data), data)
+        chains, divergences, accepted = [], 0, 0.0
+        with preserved_rng(seed), poutine.block(), isolated(validate=False):
+            for _ in range(self.chains):
+                first = start + self.scale * torch.randn_like(start)
+                if not all(bool(torch.isfinite(t).all()) for t in counted(first, *data)):
+                    first = start.clone()
+                value, slope = counted(first, *data)
+                if not bool(torch.isfinite(value)) or not bool(torch.isfinite(slope).all()):
+                    raise GuideError(
+                        "NUTS: the log density or its gradient is not finite at the start: give start values by init="
+                    )
+                kernel, chain = self._chain(lambda z: _Potential.apply(z["u"], counted, data), first)
+                chains.append(chain)
+                divergences += len(kernel._divergences)
+                accepted += float(kernel._mean_accept_prob) / self.chains
+        drawn = torch.stack(chains)  # (chains, draws, d)
+        self.samples.copy_(drawn.flatten(0, 1))
+        self.divergences.fill_(divergences)
+        self.acceptance.fill_(accepted)
+        rhat, ess = diagnose(drawn)
+        self.rhat.copy_(rhat)
+        self.ess.copy_(ess)
+        rows = next((len(item) for item in data if isinstance(item, Tensor) and item.dim()), 1)
+        self.evaluations = counted.calls * rows
+        self.mark()
+
+    def _chain(self, potential: Callable[[dict[str, Tensor]], Tensor], first: Tensor) -> tuple[Any, Tensor]:
+        kernel = Kernel(potential_fn=potential, target_accept_prob=self.target, max_tree_depth=self.depth)
+        kernel.initial_params = {"u": first}
+        kernel.setup(self.warmup)
+        state, kept = kernel.initial_params, []
+        for step in range(self.warmup + self.draws):
+            state = kernel.sample(state)
+            if step >= self.warmup:
+                kept.append(state["u"].detach())
+        return kernel, torch.stack(kept)
+
+    def _name(self, place: int) -> str:
+        """The site that a coordinate belongs to."""
+        for packing, size in zip(self.packings, self.sizes, strict=True):
+            if place < size:
+                place %= packing.size
+                return next(b.site.name for b in packing.blocks if b.start <= place < b.stop)
+            place -= size
+        return ""
+
+
+def refuse_parameters(model: Program, batch: Any) -> None:
+    """A posterior of the latents is that of one model: its parameters must be fixed.
+
+    Raises:
+        GuideError: the model has trainable parameters.
+    """
+    program, home = with_home(model)
+    trace_once(program, *batch)  # makes the parameters of pyro.param
+    names = [name for name, p in home.named_parameters() if p.requires_grad]
+    names += [name for name, p in home.__dict__.get("pyro_modules", {}).items() if p.requires_grad]
+    if names:
+        raise GuideError(
+            f"NUTS: {program_name(model)} has the trainable parameter {names[0]!r}: draws are of the posterior of one "
+            "model, so train it with another guide first and freeze it (requires_grad_(False)), or give it a prior"
+        )
+
+
+class OneOf(TorchDistribution):
+    """One of the rows of a matrix, each as likely as the other; log q is 0, for there is no density.
+
+    Args:
+        rows: (S, d).
+
+    >>> OneOf(torch.zeros(4, 2)).rsample((5,)).shape
+    torch.Size([5, 2])
+    """
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, rows: Tensor, batch_shape: Size = Size()) -> None:
+        self.rows = rows
+        super().__init__(Size(batch_shape), rows.shape[1:], validate_args=False)
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        shape = Size(sample_shape) + self.batch_shape
+        if len(self.rows) == 1:  # a point, which draws nothing
+            return self.rows[0].expand(*shape, *self.event_shape)
+        # float32 has 2^24 uniforms: enough for that many rows
+        place = (torch.rand(shape, device=self.rows.device) * len(self.rows)).long().clamp(max=len(self.rows) - 1)
+        return torch.index_select(self.rows, 0, place.reshape(-1)).reshape(*shape, *self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value[..., 0])
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> OneOf:
+        return OneOf(self.rows, Size(batch_shape))
+
+
+class _Counted:
+    def __init__(self, gradient: Gradient, data: Any):
+        self.gradient, self.calls = gradient, 0
+
+    def __call__(self, u: Tensor, *data: Any) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        return self.gradient(u, *data)
+
+
+class _Potential(torch.autograd.Function):
+    """-log p with the gradient that came with it, for a kernel that asks autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, gradient: Gradient, data: Any) -> Tensor:
+        value, slope = gradient(u.detach(), *data)
+        ctx.save_for_backward(slope)
+        return -value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return -upstream * ctx.saved_tensors[0], None, None
+
+
+def diagnose(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """R-hat and bulk effective sample size of each coordinate, `(d,)`, of draws `(chains, draws, d)`."""
+    from arviz_stats.base import array_stats  # a second to import, and only here
+
+    values = np.moveaxis(drawn.double().cpu().numpy(), -1, 0)  # (d, chains, draws)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a coordinate that never moved
+        found = [
+            array_stats.rhat(values, chain_axis=1, draw_axis=2),
+            array_stats.ess(values, chain_axis=1, draw_axis=2),
+        ]
+    rhat, ess = (torch.as_tensor(np.asarray(item, dtype=float)) for item in found)
+    return rhat, ess
