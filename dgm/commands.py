@@ -310,7 +310,11 @@ def run_compare(
 
 
 def run_list(what: str) -> int:
-    """One line for each model, guide and data set."""
+    """One line for each model, guide and data set; or the table of which guide goes with what."""
+    if what == "compatibility":
+        table = importlib.import_module(".compatibility", __package__)
+        print(table.to_markdown(table.compatibility()))
+        return OK
     sections: dict[str, dict[str, dict[str, str]]] = {
         "models": {"models": _summaries(registry.models())},
         "guides": {
@@ -320,7 +324,7 @@ def run_list(what: str) -> int:
         "data": {"data sets": names()},
     }
     if what not in ("all", *sections):
-        raise OptionError(f"list {what!r}: expected models, guides or data")
+        raise OptionError(f"list {what!r}: expected models, guides, data or compatibility")
     if what != "data":
         broken = {item.name: f"cannot be imported: {item.error} ({item.source})" for item in registry.broken()}
         sections.setdefault("broken", {"broken": broken} if broken else {})

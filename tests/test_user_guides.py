@@ -167,9 +167,7 @@ def test_a_trained_pair_is_taken_up_again_where_the_file_is_named(here: Path) ->
     ],
 )
 def test_bad_guides_are_refused_by_name(here: Path, guide: str, told: str) -> None:
-    output = refused("inspect", *WORDS, "--guide", guide).replace("128", "128")
-    assert told.split(" cannot")[0].split("(")[0] in output
-    assert told.replace("context=64", "context=64") in output or told in output
+    assert told in refused("inspect", *WORDS, "--guide", guide)
 
 
 def test_an_error_in_a_file_names_its_line(here: Path) -> None:
