@@ -56,7 +56,8 @@ class GaussianMixture(PyroModule):
         self._check(x)
         with pyro.plate("data", len(x)):
             prior = dist.Categorical(logits=self.logits)
-            c = pyro.sample("c", prior, infer=dict(self.infer))  # (B,)
+            infer: Any = dict(self.infer)  # Pyro writes into it
+            c = pyro.sample("c", prior, infer=infer)  # (B,)
             pyro.sample("x", self.decode(c), obs=x)
 
     def decode(self, c: Tensor) -> Distribution:
