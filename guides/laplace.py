@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgm.curvature import fisher_diagonal, fisher_draws, fisher_factors, precision, prior_precision
 from dgm.errors import GuideError, OptionError
@@ -17,13 +16,14 @@ from dgm.log_joint import LogJoint
 from dgm.programs import preserved_rng
 from dgm.sites import DATA_PLATE
 
-from .family import Pushforward
+from .curved import CurvedDiagonal, CurvedKronecker, partial_normal
 from .mode import FixedNormal, Mode, log_normaliser, positive
 
 __all__ = ["Laplace"]
 
 Structure = Literal["full", "diagonal", "kronecker", "last-layer"]
 STRUCTURES: tuple[str, ...] = ("full", "diagonal", "kronecker", "last-layer")
+FISHER = ("diagonal", "kronecker")
 
 
 class Laplace(Mode):
@@ -54,6 +54,7 @@ class Laplace(Mode):
 
     Attributes:
         notes: what `finish` found. gradient_norm, newton_step, negative: the same as numbers ().
+        evaluations: rows whose density `finish` evaluated, one for each column of a Hessian or draw of a target.
         log_evidence: Laplace's log p(x) = log p(x, u*) + d/2 log 2 pi - 1/2 log |P|; NaN where there is no density.
 
     d parameters; a sample costs d^2 ("full"), d ("diagonal"), or two matrix products a layer ("kronecker").
@@ -76,6 +77,7 @@ class Laplace(Mode):
     negative: Tensor
     evidence: Tensor
     columns: Tensor
+    normal: Any
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class Laplace(Mode):
         self.structure, self.draws = structure, draws
         for name in ("gradient_norm", "newton_step", "negative", "evidence"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))  # no NaN, which is not equal to itself
+        self.evaluations = 0
         size = self.packing.size
         columns = torch.arange(size, device=self.loc.device)
         if structure == "last-layer":
@@ -108,11 +111,10 @@ class Laplace(Mode):
                 "structure='kronecker', 'diagonal' or 'last-layer', or a larger limit "
                 f"({8 * len(columns) ** 2 / 2**20:.0f} MiB)"
             )
-        self.normal: nn.Module
         if structure == "diagonal":
-            self.normal = _Diagonal(self.loc)
+            self.normal = CurvedDiagonal(self.loc)
         elif structure == "kronecker":
-            self.normal = _Kronecker(self.loc, self._blocks(model, batch))
+            self.normal = CurvedKronecker(self.loc, self._blocks(model, batch))
         else:
             self.normal = FixedNormal(self.loc[self.columns])
 
@@ -133,12 +135,13 @@ class Laplace(Mode):
             f"{float(self.newton_step):.2g} posterior standard deviations away by one Newton step, and "
             f"{int(self.negative)} directions have negative curvature"
             + (" (they got the prior's precision)" if self.negative else "")
+            + ("; the Fisher information sees that of the prior alone" if self.structure in FISHER else "")
         ]
 
     def density(self) -> Any:
-        if self.structure in ("diagonal", "kronecker"):
+        if self.structure in FISHER:
             return self.normal(self.loc)
-        return self.normal() if self.structure == "full" else _partial(self.loc, self.columns, self.normal())
+        return self.normal() if self.structure == "full" else partial_normal(self.loc, self.columns, self.normal())
 
     def finish(self, model: Callable[..., Any], *data: Any, seed: int = 0) -> None:
         """Take the curvature at the point over all rows, and become the normal density about it.
@@ -150,12 +153,13 @@ class Laplace(Mode):
             GuideError: a gradient or curvature is not finite.
         """
         joint, u = LogJoint(model, [self.packing], self.plates), self.loc.detach()
+        rows = next((len(item) for item in data if isinstance(item, Tensor) and item.dim()), 1)
         value, gradient = joint.gradient(u, *data)
         slope = _finite(gradient.double(), "the gradient of the log joint density")[self.columns]
         with preserved_rng(seed):
             if isinstance(self.normal, FixedNormal):
                 matrix = _finite(precision(joint, u, data, self.columns), "the curvature of the log joint density")
-                negative = 0
+                negative, passes = 0, len(matrix)
                 if int(torch.linalg.cholesky_ex(matrix)[1]):
                     floor = _as_floor(prior_precision(joint, u, data))[0][self.columns]
                     matrix, negative = positive(matrix, floor)
@@ -163,15 +167,16 @@ class Laplace(Mode):
                 step = float((slope @ torch.linalg.solve(matrix, slope)).sqrt())
             else:
                 prior, negative = _as_floor(prior_precision(joint, u, data))
-                count = len(joint.terms(u, *data)[0]) if self.draws is None else 0
-                draws = self.draws or fisher_draws(count)
-                alone = self.normal.alone if isinstance(self.normal, _Kronecker) else self.columns
+                draws = self.draws or fisher_draws(rows)
+                alone = self.normal.alone if isinstance(self.normal, CurvedKronecker) else self.columns
                 fisher = torch.zeros_like(prior)
                 if len(alone):
                     fisher[alone] = fisher_diagonal(joint, u, data, draws, alone)
                 _finite(fisher, "the Fisher information")
                 factors = fisher_factors(joint, u, data, draws) if self.structure == "kronecker" else []
-                log_det, step = self.normal.set(fisher, prior, factors, slope)  # type: ignore[operator]
+                log_det, step = self.normal.set(fisher, prior, factors, slope)
+                passes = draws
+        self.evaluations = rows * (1 + passes)
         self.gradient_norm.fill_(float(slope.norm()))
         self.newton_step.fill_(step)
         self.negative.fill_(negative)
@@ -222,121 +227,3 @@ def _as_floor(prior: Tensor) -> tuple[Tensor, int]:
     """The prior's precision where it is one, else 1; and how many entries had none."""
     _finite(prior, "the curvature of the prior")
     return torch.where(prior > 0, prior, torch.ones_like(prior)), int((prior < 0).sum())
-
-
-def _partial(loc: Tensor, columns: Tensor, q: Any) -> Pushforward:
-    """q in the coordinates `columns`, a point in all others: log q is that of these coordinates."""
-
-    def whole(v: Tensor) -> Tensor:
-        return torch.index_copy(loc.expand(*v.shape[:-1], len(loc)), -1, columns, v)
-
-    def push(eps: Tensor) -> tuple[Tensor, Tensor]:
-        v, log_det = q.push(torch.index_select(eps, -1, columns))
-        return whole(v), log_det
-
-    return _Marginal(push, lambda x: q.pull(torch.index_select(x, -1, columns)), loc, columns)
-
-
-class _Marginal(Pushforward):
-    """A pushforward of which only some coordinates of the noise are used, and counted."""
-
-    def __init__(self, push: Any, pull: Any, loc: Tensor, columns: Tensor) -> None:
-        self.columns = columns
-        super().__init__(push, pull, loc)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Pushforward:
-        return super().expand(batch_shape, self.__new__(type(self)) if _instance is None else _instance)
-
-    def _log_normal(self, eps: Tensor) -> Tensor:  # type: ignore[override]
-        used = eps if eps.shape[-1] == len(self.columns) else torch.index_select(eps, -1, self.columns)
-        return Pushforward._log_normal(used)
-
-
-class _Diagonal(nn.Module):
-    """Independent normals about a point."""
-
-    log_scale: Tensor
-
-    def __init__(self, like: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("log_scale", torch.zeros_like(like.detach()))
-
-    def set(self, fisher: Tensor, prior: Tensor, factors: Any, slope: Tensor) -> tuple[float, float]:
-        total = fisher + prior
-        self.log_scale.copy_(-0.5 * total.log())
-        return float(total.log().sum()), float((slope.square() / total).sum().sqrt())
-
-    def forward(self, loc: Tensor) -> Any:
-        return dist.Normal(loc, self.log_scale.exp(), validate_args=False).to_event(1)
-
-
-class _Kronecker(nn.Module):
-    """Normals of the layers in the eigenbases of their two factors, and independent ones for all other entries.
-
-    Args:
-        like: (d,). blocks: name of each layer and the entries of its matrix (out, in), among the d.
-    """
-
-    order: Tensor
-    back: Tensor
-    alone: Tensor
-    log_scale: Tensor
-
-    def __init__(self, like: Tensor, blocks: list[tuple[str, Tensor]]) -> None:
-        super().__init__()
-        like = like.detach()
-        self.names = [name for name, _ in blocks]
-        self.shapes = [tuple(entries.shape) for _, entries in blocks]
-        inside = torch.cat([entries.flatten() for _, entries in blocks])
-        left = torch.ones(len(like), dtype=torch.bool, device=like.device).index_fill(0, inside, False)
-        order = torch.cat([inside, left.nonzero().squeeze(1)])
-        self.register_buffer("alone", order[len(inside) :], persistent=False)  # entries of no layer
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("back", order.argsort(), persistent=False)
-        self.register_buffer("log_scale", torch.zeros_like(like))  # in the eigenbases, in this order
-        for i, (rows, columns) in enumerate(self.shapes):
-            self.register_buffer(f"left_{i}", torch.eye(rows, dtype=like.dtype, device=like.device))
-            self.register_buffer(f"right_{i}", torch.eye(columns, dtype=like.dtype, device=like.device))
-
-    def set(self, fisher: Tensor, prior: Tensor, factors: Any, slope: Tensor) -> tuple[float, float]:
-        prior = prior[self.order]
-        total = fisher[self.order] + prior
-        known = {name: (a, b, n) for name, _, a, b, n in factors}
-        start = 0
-        for i, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True)):
-            stop = start + math.prod(shape)
-            a, b, n = known[name]
-            (va, ra), (vb, lb) = torch.linalg.eigh(a), torch.linalg.eigh(b)
-            curvature = n * torch.outer(vb.clamp_min(0), va.clamp_min(0))
-            # the prior's diagonal as it stands in the eigenbasis
-            weight = lb.square().mT @ prior[start:stop].reshape(shape) @ ra.square()
-            total[start:stop] = (curvature + weight).flatten()
-            getattr(self, f"left_{i}").copy_(lb)
-            getattr(self, f"right_{i}").copy_(ra)
-            start = stop
-        self.log_scale.copy_(-0.5 * total.log())
-        turned = self._turn(slope.to(self.log_scale.dtype)[self.order], inverse=True)
-        return float(total.log().sum()), float((turned.double().square() / total).sum().sqrt())
-
-    def _turn(self, v: Tensor, inverse: bool = False) -> Tensor:
-        """From the eigenbases (*S, d) to the layers, or back."""
-        sizes = [math.prod(shape) for shape in self.shapes]
-        *parts, rest = v.split([*sizes, v.shape[-1] - sum(sizes)], -1)
-        out = []
-        for i, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
-            left, right = getattr(self, f"left_{i}"), getattr(self, f"right_{i}")
-            matrix = part.unflatten(-1, shape)
-            matrix = left.mT @ matrix @ right if inverse else left @ matrix @ right.mT
-            out.append(matrix.flatten(-2))
-        return torch.cat([*out, rest], -1)
-
-    def forward(self, loc: Tensor) -> Pushforward:
-        def push(eps: Tensor) -> tuple[Tensor, Tensor]:
-            v = self._turn(self.log_scale.exp() * eps)
-            return loc + torch.index_select(v, -1, self.back), self.log_scale.sum()
-
-        def pull(x: Tensor) -> tuple[Tensor, Tensor]:
-            v = torch.index_select(x - loc, -1, self.order)
-            return (-self.log_scale).exp() * self._turn(v, inverse=True), self.log_scale.sum()
-
-        return Pushforward(push, pull, loc)

@@ -52,6 +52,7 @@ class LastLayer(Finished):
     Attributes:
         has_density: False where latents are points, for log q is that of the last layer alone.
         last: names of the last layer's sites. notes: whether it is exact.
+        evaluations: rows whose density `finish` evaluated, one for each column of the precision.
 
     Parameters: one for each point, and the family's. A sample costs one of the family, or k^2 where exact.
 
@@ -105,6 +106,7 @@ class LastLayer(Finished):
         mean = self.packing.pack(start).reshape(-1)
         self.family = placed(family(self.packing.size), mean, scale)
         self.posterior = FixedNormal(mean) if self.packing.size <= LIMIT and exact is not False else None
+        self.evaluations = 0
         self.open = False  # finish found no closed form
 
     @property
@@ -152,7 +154,8 @@ class LastLayer(Finished):
 
     def _conjugate(self, model: Callable[..., Any], data: Any) -> tuple[Tensor, Tensor] | None:
         """Mean and precision of the last layer given the points, where log p is quadratic in it."""
-        size = self.packing.size
+        size, rows = self.packing.size, next((len(x) for x in data if isinstance(x, Tensor) and x.dim()), 1)
+        self.evaluations = 3 * rows
         joint = LogJoint(model, [p for p in (self.before, self.packing) if p.size], self.plates)
         like = next(self.parameters())
         zero = torch.zeros(size, dtype=like.dtype, device=like.device)
@@ -168,6 +171,7 @@ class LastLayer(Finished):
         if not float((g[2] - 2 * g[1] + g[0]).abs().max()) <= 1e4 * torch.finfo(zero.dtype).eps * scale:
             return None  # the gradient is not linear, or not finite
         matrix = precision(joint, start, data, columns)
+        self.evaluations += size * rows
         if int(torch.linalg.cholesky_ex(matrix)[1]):
             return None
         return torch.linalg.solve(matrix, g[0]), matrix

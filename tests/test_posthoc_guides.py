@@ -12,32 +12,27 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import dgm
 from dgm.curvature import precision, prior_precision, row_gradients
-from dgm.errors import GuideError, OptionError, TrainingError
+from dgm.errors import GuideError, OptionError
 from dgm.evaluate import global_khat
-from dgm.guides.amortized import Amortized
 from dgm.guides.diagonal_normal import DiagonalNormal
-from dgm.guides.free import Free
-from dgm.guides.global_ import Global
 from dgm.guides.joint import Joint
 from dgm.guides.laplace import Laplace
 from dgm.guides.last_layer import LastLayer
-from dgm.guides.nuts import NUTS, OneOf
-from dgm.guides.point import Point
+from dgm.guides.nuts import NUTS
+from dgm.guides.one_of import OneOf
 from dgm.guides.swag import SWAG
 from dgm.log_joint import LogJoint
 from dgm.models import linear_vae
 from dgm.models.bayesian_linear_regression import BayesianLinearRegression
 from dgm.models.bnn import BNN
 from dgm.models.likelihoods import Bernoulli, Normal
-from dgm.posthoc import finishers, has_density, notes_of
+from dgm.posthoc import has_density, notes_of
 from dgm.programs import isolated, preserved_rng
 from dgm.sites import Packing, latents
 from dgm.testing import SIGMAS, ContractError, check_exact
-from dgm.training import Interrupted
 from dgm.weights import log_weight_terms
 
 MADE = {
@@ -314,89 +309,6 @@ def test_compare_and_replicas_finish_every_seed() -> None:
     assert notes["swag", 0] != notes["swag", 1] and notes["nuts", 0] != notes["nuts", 1]
     assert set(result.khat) == {"full", "kronecker", "swag", "joint"}
     assert "nuts" in repr(result)
-
-
-class Counting(Global):
-    """Remembers what `finish` was given."""
-
-    def finish(self, model: Any, *data: Tensor, seed: int = 0) -> None:
-        self.__dict__.setdefault("seen", []).append((model, data, seed))
-        self.notes = [f"seed {seed}"]
-        self.evaluations = 11
-        if self.refuse:
-            raise GuideError("finish says no")
-
-    refuse = False
-
-
-@pytest.mark.parametrize("compile", [False, "trace"])
-def test_finish_is_called_once_with_the_training_rows(compile: Any) -> None:
-    model, (x, y) = network()
-    fits = dgm.fit(
-        lambda: network()[0], Counting, x, y, epochs=2, replicas=2, validation=0.25, batch_size=5, compile=compile
-    )
-    for seed, fit in enumerate(fits):
-        ((given, data, told),) = fit.guide.seen  # type: ignore[attr-defined]
-        assert given is fit.model and told == seed and [len(t) for t in data] == [18, 18]
-        assert fit.evaluations == 2 * 18 + 11
-    guide = Counting(model, x, y)
-    loader = DataLoader(TensorDataset(x, y), batch_size=10)
-    dgm.fit(model, guide, loader, epochs=1)
-    assert torch.equal(guide.seen[0][1][0], x)
-    doubled = Counting(model, x, y)
-    dgm.fit(model, doubled, x, y, epochs=1, batch_size=8, transform=lambda batch, _: (2 * batch[0], batch[1]))
-    assert torch.equal(doubled.seen[0][1][0], 2 * x)
-
-
-def test_no_finish_where_training_ended_early() -> None:
-    model, (x, y) = network()
-    guide = Counting(model, x, y)
-
-    def stop(optimiser: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with pytest.raises(Interrupted):
-        dgm.fit(model, guide, x, y, epochs=1, schedule=stop)
-    with pytest.raises(TrainingError):
-        dgm.fit(model, guide, x, y, epochs=3, optim=partial(torch.optim.SGD, lr=1e30), compile=False)
-    assert "seen" not in guide.__dict__
-
-
-def test_a_finish_that_refuses_stops_no_other_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Counting, "refuse", True)
-    model, (x, y) = network()
-    for compile in (False, "trace"):
-        fits = dgm.fit(lambda: network()[0], Counting, x, y, epochs=2, replicas=2, compile=compile)
-        assert [fit.error for fit in fits] == ["finish says no"] * 2 and len(fits[0].history) == 2
-    with pytest.raises(GuideError, match="finish says no"):
-        dgm.fit(model, Counting(model, x, y), x, y, epochs=1)
-
-
-def test_has_density_is_found_inside() -> None:
-    model, (x,) = linear_vae.example()
-    assert has_density(Amortized(model, x)) and not has_density(Amortized(model, x, family=Point))
-    assert not has_density(Free(model, x, family=Point)) and has_density(lambda x: None)
-    bayesian, batch = network()
-    assert finishers(Joint(bayesian, *batch)) == [] and len(finishers(Joint(bayesian, *batch, global_=Laplace))) == 1
-
-    def both(x: Tensor) -> None:
-        m = pyro.sample("m", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(m, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    mixed = Joint(both, x[:, 0], global_=partial(Global, family=Point))
-    assert not has_density(mixed) and has_density(mixed, local=True) and not has_density(mixed, local=False)
-
-
-def test_a_noisy_guide_without_a_density_has_no_bound() -> None:
-    model, (x,) = linear_vae.example()
-    guide = Amortized(model, x)
-    guide.has_density = False
-    scores = dgm.evaluate(model, guide, x, num_samples=100)
-    assert scores.per_datum.isna().all(axis=None) and "no density" in scores.notes[0]
-    guide.has_density = True
-    assert math.isfinite(dgm.evaluate(model, guide, x, num_samples=100).summary["bound"])
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
