@@ -64,6 +64,8 @@ class Mixture(Family):
     (torch.Size([3, 7, 4]), torch.Size([3, 7]))
     """
 
+    draw_costs = "one pass, its density K"  # with weights="uniform", the default
+
     def __init__(
         self,
         features: int,

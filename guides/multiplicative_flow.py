@@ -64,6 +64,7 @@ class MultiplicativeFlow(PyroModule):
     """
 
     has_density = True
+    draw_costs = "its networks, one pass for all weights of an input"
     reverse_density = True  # log q holds parameters of r: no estimator may leave out their gradient
 
     def __init__(

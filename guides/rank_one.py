@@ -64,6 +64,7 @@ class RankOne(PyroModule):
     """
 
     has_density = False
+    draw_costs = "outputs + inputs numbers a layer"
 
     def __init__(
         self,
