@@ -363,7 +363,7 @@ class _Group:
             bad = np.flatnonzero(~np.isfinite(losses[:, :, k]).all(1))
             good = int(bad[0]) if len(bad) else len(losses)
             run.svi.steps = begun + good
-            run.evaluations += sum(rows[:good]) * getattr(run.svi.pair.loss_fn, "num_particles", 1)
+            run.evaluations += sum(rows[:good]) * run.svi.pair.evaluations
             run.seconds += spent[0] / share
             run.cpu_seconds += spent[1] / share
             if good:

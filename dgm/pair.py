@@ -170,6 +170,12 @@ class Pair:
         found.update({n: p for n, p in self._closed_over().items() if p.requires_grad and id(p) not in seen})
         return found
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the model's density in a step, for each row: the particles', and those inside of the guide."""
+        inside = sum(getattr(part, "evaluations_per_step", 1) - 1 for part in self.owners.modules())
+        return int(getattr(self.loss_fn, "num_particles", 1)) * (1 + inside)
+
     def _closed_over(self) -> dict[str, Tensor]:
         """Parameters of modules that a program names by `pyro.module` without being their home."""
         return {n: p for home in self.owners.children() for n, p in home.__dict__.get("pyro_modules", {}).items()}

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 
-from dgm.errors import GuideError
+from dgm.errors import GuideError, ModelError, OptionError
 from dgm.guides.diagonal_normal import DiagonalNormal
 from dgm.guides.encoders import linear, mlp
 from dgm.guides.flow import zuko
@@ -24,12 +24,14 @@ from dgm.guides.global_ import Global
 from dgm.guides.inverse_autoregressive_flow import InverseAutoregressiveFlow
 from dgm.guides.joint import Joint
 from dgm.models import bayesian_linear_regression, bnn, linear_vae, vae
+from dgm.posthoc import has_density
 from dgm.programs import isolated, preserved_rng
-from dgm.registry import broken, families, models
+from dgm.registry import attachments, broken, families, models
 from dgm.sites import latents
 from dgm.testing import ContractError, check_exact, check_family, check_model, check_pair
+from dgm.weights import log_weights
 
-MODELS, FAMILIES = models(), families()
+MODELS, FAMILIES, ATTACHMENTS = models(), families(), attachments()
 LOCAL = ["deep-latent-gaussian", "linear-vae", "vae"]
 
 
@@ -63,6 +65,43 @@ def test_family(name: str) -> None:
     check_family(FAMILIES[name].make, features=(1, 2, 4))
 
 
+CLOSE = {"low-rank-normal": 0.2, "student-t": 0.5, "mixture": 1.0, "radial-normal": 3.0}
+"""Families whose start is near to, not equal to, a diagonal normal: standard deviation of their log weights there."""
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "point"])
+def test_family_that_contains_the_posterior_has_log_weights_without_variance(name: str) -> None:
+    """w_i ~ N(0, 1) with one datum each: the posterior is a diagonal normal, where flows and normals start."""
+    y = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+    def model(y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros_like(y), 1.0).to_event(1))
+        with pyro.plate("data", 1):
+            pyro.sample("y", dist.Normal(w, 0.5).to_event(1), obs=y[None])
+
+    with preserved_rng(0):
+        torch.set_default_dtype(torch.float64)
+        guide = Global(model, y, family=FAMILIES[name].make, init={"w": y / 1.25}, init_scale=0.2**0.5)
+        torch.set_default_dtype(torch.float32)
+    weights = log_weights(model, guide, y, num_samples=500)
+    exact = dist.Normal(torch.zeros_like(y), 1.25**0.5).log_prob(y).sum()
+    assert float(weights.std()) <= CLOSE.get(name, 1e-6), float(weights.std())
+    if name not in CLOSE:
+        assert torch.allclose(weights, exact.expand_as(weights), atol=1e-6)
+
+
+class Shared(DiagonalNormal):
+    """A deep copy that is no copy."""
+
+    def __deepcopy__(self, memo: Any) -> Shared:
+        return self
+
+
+def test_family_contract_sees_a_copy_that_is_none() -> None:
+    with pytest.raises(ContractError, match="a deep copy shares a parameter"):
+        check_family(Shared)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
     model, batch = example(name)
@@ -86,6 +125,45 @@ def test_traced_flow(name: str, family: str) -> None:
     with preserved_rng(0):
         guide = Joint(model, *batch, family=FAMILIES[family].make, encoder=mlp(16))
     check_pair(model, guide, *batch, log_evidence=evidence(model, batch))
+
+
+def attach(way: str, model: Any, batch: tuple[Tensor, ...]) -> Any:
+    """The guide, or the reason why this way to attach does not serve the model."""
+    try:
+        with preserved_rng(0):
+            return ATTACHMENTS[way].make(model, *batch)
+    except (GuideError, ModelError, OptionError) as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize("way", ATTACHMENTS)
+def test_way_to_attach(way: str) -> None:
+    """Every model is served, or refused with a reason; one that is served obeys the laws of a pair."""
+    checked = False
+    for name in MODELS:
+        model, batch = example(name)
+        guide = attach(way, model, batch)
+        if isinstance(guide, str):
+            assert len(guide) > 30, f"{way} refuses {name} without a reason: {guide!r}"
+        elif not checked and any(p.requires_grad for p in guide.parameters()):
+            check_attached(model, guide, batch)
+            checked = True
+    assert checked or way == "nuts"  # which has nothing to train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", ATTACHMENTS)
+def test_way_to_attach_on_every_model(way: str, name: str) -> None:
+    model, batch = example(name)
+    guide = attach(way, model, batch)
+    if not isinstance(guide, str) and any(p.requires_grad for p in guide.parameters()):
+        check_attached(model, guide, batch)
+
+
+def check_attached(model: Any, guide: Any, batch: tuple[Tensor, ...]) -> None:
+    exact = evidence(model, batch) if has_density(guide) else None
+    check_pair(model, guide, *batch, steps=6, compile=False, log_evidence=exact)
 
 
 @pytest.mark.parametrize("family", [DiagonalNormal, FullNormal, partial(InverseAutoregressiveFlow, hidden=(8,))])
