@@ -1,8 +1,9 @@
 """Posteriors that are made after training, or instead of it: what a guide may say of itself beside its sites.
 
 A guide may have `finish(model, *data, seed=0)`, which `dgm.fit` calls once after training with all its rows (Laplace,
-stochastic weight averaging, an exact last layer, NUTS); `notes`, a list of what a reader of its numbers must know; and
-`evaluations`, the rows whose density `finish` evaluated. It says by `has_density = False` that log q has no meaning.
+stochastic weight averaging, an exact last layer, NUTS), and `reopen()`, which it calls before; `notes`, a list of what
+a reader of its numbers must know; and `evaluations`, the rows whose density `finish` evaluated. It says by
+`has_density = False` that log q has no meaning.
 """
 
 from __future__ import annotations

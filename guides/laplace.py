@@ -139,9 +139,9 @@ class Laplace(Mode):
         ]
 
     def density(self) -> Any:
-        if self.structure in FISHER:
+        if self.structure != "last-layer":
             return self.normal(self.loc)
-        return self.normal() if self.structure == "full" else partial_normal(self.loc, self.columns, self.normal())
+        return partial_normal(self.loc, self.columns, self.normal(self.loc[self.columns]))
 
     def finish(self, model: Callable[..., Any], *data: Any, seed: int = 0) -> None:
         """Take the curvature at the point over all rows, and become the normal density about it.

@@ -42,6 +42,11 @@ class Finished(PyroModule):
         self.finished.fill_(True)
         self.done = True
 
+    def reopen(self) -> None:
+        """Training begins again: what it was before `finish`."""
+        self.finished.fill_(False)
+        self.done = False
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.done = bool(self.finished)
@@ -159,8 +164,9 @@ class FixedNormal(nn.Module):
         self.lower.copy_((tril / scale[:, None]).tril(-1))
         return float(-2 * scale.log().sum())
 
-    def forward(self) -> TriangularNormal:
-        return TriangularNormal(self.loc, self.log_scale, self.lower)
+    def forward(self, loc: Tensor | None = None) -> TriangularNormal:
+        """The density, about `loc` (d,) where one is given."""
+        return TriangularNormal(self.loc if loc is None else loc, self.log_scale, self.lower)
 
 
 def positive(matrix: Tensor, floor: Tensor) -> tuple[Tensor, int]:

@@ -280,6 +280,8 @@ def test_fit_finishes_and_a_fresh_guide_takes_the_state(name: str) -> None:
     assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
     with preserved_rng(8):
         assert not torch.equal(draws[0], torch.cat([v.flatten() for v in values(guide, *batch).values()]))
+    again = dgm.fit(model, spare, *batch, epochs=1)  # trains what was trained, and finishes anew
+    assert spare.done and again.steps == fit.steps / 3
     scores = dgm.evaluate(model, guide, *batch, num_samples=100)
     assert math.isfinite(scores.summary["bound"]) and scores.notes == notes_of(guide) == guide.notes
     whole = name in ("full", "diagonal", "kronecker", "swag")
