@@ -182,6 +182,8 @@ class Options:
         check: bool = True,
     ) -> Run:
         """A training that is ready to go, its data checked against the model."""
+        for part in finishers(guide):
+            getattr(part, "reopen", lambda: None)()
         full = dict(self.sizes) if self.sizes is not None else source.sizes(model)
         plates = {DATA_PLATE, *full}
         if check and isinstance(source, Memory):
@@ -282,7 +284,7 @@ class Run:
             for batch, rows in self.source.epoch():
                 weight = self.plan.kl_weight(self.svi.steps, self.source.steps)
                 losses.append(self.svi.step(*batch, rows=rows, kl_weight=weight))
-                self.evaluations += len(batch[0]) * getattr(self.svi.pair.loss_fn, "num_particles", 1)
+                self.evaluations += len(batch[0]) * self.svi.pair.evaluations
                 if scheduler is None and schedule is not None:
                     scheduler = schedule(self.svi.optimiser)  # type: ignore[arg-type]
                     scheduler.optimizer._opt_called = True  # the step was before the scheduler was made, on purpose
