@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SUITES = ("binarized_mnist", "exact", "speed", "uci")
+SUITES = ("binarized_mnist", "estimators", "exact", "families_by_encoder", "speed", "targets", "uci")
 
 
 def listing() -> str:
@@ -17,7 +17,7 @@ def listing() -> str:
     lines = ["usage: python -m dgm.benchmarks SUITE ...   (SUITE --help says more)", ""]
     for name in SUITES:
         source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
-        lines.append(f"  {name:16s} {(ast.get_docstring(ast.parse(source)) or '').splitlines()[0]}")
+        lines.append(f"  {name:20s} {(ast.get_docstring(ast.parse(source)) or '').splitlines()[0]}")
     return "\n".join(lines)
 
 

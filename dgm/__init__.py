@@ -22,6 +22,7 @@ _WHERE = {
     "ReweightedWakeSleep": "importance",
     "fit": "fit",
     "Fit": "fit",
+    "start_from": "ladder",
     "log_weights": "weights",
     "log_weight_terms": "weights",
     "evaluate": "evaluate",
@@ -30,6 +31,8 @@ _WHERE = {
     "load": "datasets",
     "Dataset": "datasets",
 }
+
+_MODULES = ("schedules",)
 
 __all__ = [
     "ELBO",
@@ -49,14 +52,18 @@ __all__ = [
     "load",
     "log_weight_terms",
     "log_weights",
+    "schedules",
+    "start_from",
 ]
 
 if TYPE_CHECKING:
+    from . import schedules
     from .compare import Comparison, compare
     from .datasets import Dataset, load
     from .evaluate import evaluate
     from .fit import Fit, fit
     from .importance import ImportanceELBO, RenyiELBO, ReweightedWakeSleep
+    from .ladder import start_from
     from .objectives import ELBO
     from .sites import Packing, latents
     from .svi import SVI
@@ -64,6 +71,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name in _WHERE:
         value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
         globals()[name] = value
