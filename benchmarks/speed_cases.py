@@ -14,6 +14,7 @@ import torch
 from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
 
+import dgm
 from dgm.errors import OptionError
 from dgm.guides import attached
 from dgm.guides.encoders import mlp
@@ -87,6 +88,13 @@ class Case:
         if self.particles > 1:
             return Trace_ELBO(num_particles=self.particles, vectorize_particles=True)
         return None
+
+    @property
+    def objective(self) -> Any:
+        """The same as dgm has it."""
+        if self.importance:
+            return dgm.ImportanceELBO(self.particles)
+        return dgm.ELBO(self.particles) if self.particles > 1 else None
 
     @property
     def scan(self) -> int:

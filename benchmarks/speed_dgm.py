@@ -22,7 +22,7 @@ def make_svi(case: Case, mode: Any, seed: int = 0) -> Any:
     """A pair under `dgm.SVI`; a mode that this version has not raises OptionError."""
     model, guide = case.pair(seed)
     return dgm.SVI(
-        model, guide, adam(LR), case.loss, sizes={"data": case.rows}, compile=mode, warm=0
+        model, guide, adam(LR), case.objective, sizes={"data": case.rows}, compile=mode, warm=0
     )  # fmt: skip
 
 
