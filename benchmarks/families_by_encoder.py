@@ -70,7 +70,7 @@ def main() -> None:
     }
     result = dgm.compare(
         partial(_same, model), guides, dgm.load("digits"), epochs=options.epochs, batch_size=100, lr=3e-3,
-        seeds=options.seeds, num_samples=1000, title="Digits VAE, fixed decoder: family by encoder", progress=True,
+        seeds=options.seeds, num_samples=1000, title="Digits VAE, fixed decoder: family by encoder", compile="trace", progress=True,
     )  # fmt: skip
     print(result)
     print(by_encoder(result).round(2).to_string())

@@ -149,7 +149,7 @@ def cell(target: Target, name: str, guide: Callable[..., Any], seeds: int, steps
     began, loss = time.perf_counter(), None if name in ATTACHED else dgm.ELBO(4)
     try:
         fits = dgm.fit(
-            target.make, guide, *target.batch, steps=steps, lr=0.03, clip=100.0, replicas=seeds, loss=loss,
+            target.make, guide, *target.batch, steps=steps, lr=0.03, clip=100.0, replicas=seeds, loss=loss, compile="trace",
             schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
         )  # fmt: skip
     except Exception as error:  # a guide that cannot attach is a row that says so
