@@ -53,6 +53,7 @@ class _Normals(Messenger):
         self.kept: list[Tensor] = []  # alive, so that no other tensor can have the same id
         self.packed: dict[str, tuple[Tensor, Tensor]] = {}
         self.seen: set[str] = set()
+        self.names: set[str] = set()  # of the latents that are known
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.seen:
@@ -65,16 +66,17 @@ class _Normals(Messenger):
         if isinstance(fn, td.Normal) and not msg["is_observed"]:
             loc, scale = fn.loc.expand_as(value), fn.scale.expand_as(value)
             if packing is None:
-                self._remember(value, loc, scale)
+                self._remember(msg["name"], value, loc, scale)
             else:
                 from .analytic import _parts
 
                 locs, scales = _parts(packing, loc), _parts(packing, scale)
                 self.packed.update({n: (locs[n], scales[n]) for n in locs if _is_real(packing, n)})
         elif msg["name"] in self.packed:
-            self._remember(value, *self.packed.pop(msg["name"]))
+            self._remember(msg["name"], value, *self.packed.pop(msg["name"]))
 
-    def _remember(self, value: Tensor, loc: Tensor, scale: Tensor) -> None:
+    def _remember(self, name: str, value: Tensor, loc: Tensor, scale: Tensor) -> None:
+        self.names.add(name)
         self.known[id(value)] = (loc, scale)
         self.kept.append(value)
 
@@ -133,9 +135,14 @@ def layer_noise(kind: LayerNoise) -> Iterator[None]:
     with normals, mode:
         yield
     if not mode.used:
+        if not normals.known:
+            raise GuideError(
+                f'layer_noise="{kind}": the guide draws no latent from independent normals: use a diagonal-normal '
+                'guide, or layer_noise="shared"'
+            )
         raise GuideError(
-            f'layer_noise="{kind}": no nn.Linear of the model got its weight from an independent normal of the guide: '
-            'use a diagonal-normal guide, or layer_noise="shared"'
+            f'layer_noise="{kind}": no nn.Linear of the model (torch.nn.functional.linear) has one of the latents '
+            f'{sorted(normals.names)} as its weight, as it was drawn: use layer_noise="shared"'
         )
 
 

@@ -5,6 +5,7 @@ A site is *local* when it stands inside a data plate (`pyro.plate("data", len(x)
 
 from __future__ import annotations
 
+import functools
 import math
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -293,6 +294,12 @@ class Packing(nn.Module):
             start += width
         self.size = start
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the latents: a guide's parameters have it too."""
+        types = [site.value.dtype for site in self.sites if site.value is not None]
+        return functools.reduce(torch.promote_types, types) if types else torch.get_default_dtype()
+
     def unpack(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Values and log |dz/du| of each site from a packed vector.
 
@@ -329,7 +336,7 @@ def require_continuous(site: Site) -> None:
         raise ModelError(
             f"latent {site.name!r} is discrete ({site.support_name}): no density on R^d can be its guide. Sum it out "
             "(mark it with pyro.infer.config_enumerate and train with TraceEnum_ELBO; the guide then leaves it out), "
-            "or write the model with a mixture distribution instead"
+            "let Joint serve it by probabilities of its values, or write the model with a mixture distribution instead"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, auxiliary, sample_sites
-from dgm.errors import GuideError, did_you_mean
+from dgm.entries import entry_name
+from dgm.errors import DGMError, GuideError, did_you_mean
 from dgm.programs import preserved_buffers, preserved_rng
 from dgm.sites import DATA_PLATE, Packing, Site, latents
 
 from .diagonal_normal import DiagonalNormal
+from .domains import check_scale
 from .encoders import mlp
+from .family import make_family
 from .global_ import select
 
 __all__ = ["Amortized"]
@@ -50,6 +54,7 @@ class Amortized(PyroModule):
     Raises:
         GuideError: a latent is global, the local latents stand in different plates, no argument has their rows, the
             encoder does not give one vector for each row, or the family cannot be told its scale.
+        OptionError: an init_scale that is not positive and finite.
         ModelError: a latent is discrete.
 
     >>> import pyro.distributions as dist
@@ -77,8 +82,8 @@ class Amortized(PyroModule):
         chosen = local_sites(latents(model, *batch, plates=plates), sites, type(self).__name__)
         self.packing = Packing(chosen)
         self.plate = DataPlate(chosen[0], batch)
-        self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs)
-        self.family = family(self.packing.size, context=width)
+        self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs, self.packing.dtype)
+        self.family = make_family(family, self.packing.size, width, dtype=self.packing.dtype)
         if init_scale is not None:
             _initialise(self.family, self.packing.size, init_scale)
 
@@ -117,8 +122,7 @@ def _initialise(family: nn.Module, size: int, scale: float) -> None:
             f"init_scale={scale}: {type(family).__name__} cannot be told where to start; leave it out, or give the "
             "family a method initialise(loc, scale)"
         )
-    if not scale > 0:
-        raise GuideError(f"init_scale must be positive, got {scale}")
+    check_scale("init_scale", scale)
     initialise(torch.zeros(size), scale)
 
 
@@ -128,15 +132,20 @@ def encoded(
     rows: int,
     encoder: Callable[..., nn.Module] | nn.Module | None = None,
     inputs: Iterable[str | int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Features, nn.Module, int]:
     """What the encoder sees of a batch, the encoder, and the width of its context, found by running it.
 
+    Args:
+        dtype: floating type of the latents, and so of the encoder and what it sees; default that of the data.
+
     Raises:
-        GuideError: an unknown input or one without the rows, or an encoder that does not give (B, c) for B rows.
+        GuideError: an unknown input or one without the rows, or an encoder that does not give (B, c) for B rows, or is
+            a ready module of another floating type.
     """
     places = None if inputs is None else _places(model, batch, rows, inputs)
-    features = Features(batch, rows, places)
-    built = _build(encoder if encoder is not None else mlp(128), features.width)
+    features = Features(batch, rows, places, dtype)
+    built = _build(encoder if encoder is not None else mlp(128), features)
     features.share(batch, getattr(built, "period", None))
     name = f"encoder {type(built).__name__}"
     shapes = []
@@ -146,7 +155,9 @@ def encoded(
         try:
             with torch.no_grad(), preserved_rng(), preserved_buffers(built):
                 context = built(seen)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except DGMError:
+            raise
+        except Exception as error:  # the user's own code may fail in any way
             told = " ".join(str(error).split())
             raise GuideError(f"{name} cannot read rows of {features.width} values: {told}") from error
         if not isinstance(context, Tensor):
@@ -166,6 +177,8 @@ def encoded(
 
 def _places(model: Callable[..., Any], batch: Sequence[Any], rows: int, inputs: Iterable[str | int]) -> list[int]:
     """The places in the batch of arguments by name or place."""
+    if isinstance(inputs, str | int):
+        raise GuideError(f"inputs is {inputs!r}, expected a list of names or places: inputs=[{inputs!r}]")
     program = model.forward if isinstance(model, nn.Module) else model
     taken = [
         p
@@ -175,6 +188,8 @@ def _places(model: Callable[..., Any], batch: Sequence[Any], rows: int, inputs: 
     names = [p.name for p in taken][: len(batch)]
     chosen: list[int] = []
     for which in inputs:
+        if not isinstance(which, str | int):
+            raise GuideError(f"inputs holds {which!r}, expected names or places of the model's arguments")
         if isinstance(which, str) and which not in names:
             raise GuideError(f"inputs: the model has no argument {which!r}: {did_you_mean(which, names)}")
         place = names.index(which) if isinstance(which, str) else which
@@ -190,15 +205,32 @@ def _places(model: Callable[..., Any], batch: Sequence[Any], rows: int, inputs: 
     return chosen
 
 
-def _build(encoder: Any, width: int) -> nn.Module:
+def _build(encoder: Any, features: Features) -> nn.Module:
+    dtype = features.shift.dtype
     if isinstance(encoder, nn.Module):
+        other = next((p.dtype for p in encoder.parameters() if p.is_floating_point() and p.dtype != dtype), None)
+        if other is not None:
+            raise GuideError(
+                f"encoder {type(encoder).__name__} has parameters of {other}, the latents and so what it sees are "
+                f"{dtype}: convert it, encoder.to({dtype}), or give a factory such as mlp(64), which is converted"
+            )
         return encoder
-    built = encoder(width)
+    if not callable(encoder):
+        raise GuideError(f"encoder is {encoder!r}, expected a factory such as mlp(64), or a torch module")
+    try:
+        built = encoder(features.width)
+    except DGMError:
+        raise
+    except Exception as error:  # the user's own code may fail in any way
+        raise GuideError(
+            f"encoder {entry_name(encoder)} cannot be made for rows of {features.width} values, "
+            f"{type(error).__name__}: {error}; give a factory `in_features -> module` as mlp(64), or a ready module"
+        ) from error
     if not isinstance(built, nn.Module):
         raise GuideError(
             f"encoder made a {type(built).__name__}, expected a torch module: give a factory such as mlp(64)"
         )
-    return built
+    return built.to(dtype)
 
 
 class DataPlate:
@@ -251,22 +283,31 @@ class Features(nn.Module):
     Args:
         batch: data, rows first. rows: how many.
         places: which tensors of the batch; default all that have the rows.
+        dtype: floating type of the vector; default that of the first floating data.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, batch: Sequence[Any], rows: int, places: Sequence[int] | None = None):
+    def __init__(
+        self,
+        batch: Sequence[Any],
+        rows: int,
+        places: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.places = (
             list(places)
             if places is not None
             else [i for i, item in enumerate(batch) if isinstance(item, Tensor) and item.dim() and len(item) == rows]
         )
-        raw = self._raw(batch)
-        self.width = raw.shape[-1]
-        self.register_buffer("shift", raw.new_zeros(self.width))
-        self.register_buffer("scale", raw.new_ones(self.width))
+        seen = [batch[i] for i in self.places]
+        self.width = sum(math.prod(item.shape[1:]) for item in seen)
+        if dtype is None:
+            dtype = next((item.dtype for item in seen if item.is_floating_point()), torch.get_default_dtype())
+        self.register_buffer("shift", torch.zeros(self.width, dtype=dtype, device=seen[0].device))
+        self.register_buffer("scale", torch.ones(self.width, dtype=dtype, device=seen[0].device))
         self.share(batch, None)
 
     def share(self, batch: Sequence[Any], period: int | None) -> None:
@@ -282,9 +323,8 @@ class Features(nn.Module):
         self.plain = not bool(outside.any())
 
     def _raw(self, batch: Sequence[Any]) -> Tensor:
-        parts = [batch[i].reshape(len(batch[i]), -1) for i in self.places]
-        dtype = next((p.dtype for p in parts if p.is_floating_point()), torch.get_default_dtype())
-        return torch.cat([p.to(dtype) for p in parts], -1) if len(parts) > 1 else parts[0].to(dtype)
+        parts = [batch[i].reshape(len(batch[i]), -1).to(self.shift.dtype) for i in self.places]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     def forward(self, batch: Sequence[Any]) -> Tensor:
         raw = self._raw(batch)

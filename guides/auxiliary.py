@@ -13,11 +13,13 @@ from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, auxiliary, sample_sites
-from dgm.errors import GuideError, OptionError
+from dgm.errors import GuideError
 from dgm.sites import DATA_PLATE, Packing, latents
 
 from .amortized import DataPlate, encoded, local_sites
 from .diagonal_normal import DiagonalNormal
+from .domains import check_size
+from .family import make_family
 
 __all__ = ["Auxiliary"]
 
@@ -73,21 +75,21 @@ class Auxiliary(PyroModule):
         chosen = local_sites(latents(model, *batch, plates=plates), sites, type(self).__name__)
         self.packing = Packing(chosen)
         self.plate = DataPlate(chosen[0], batch)
-        self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs)
+        self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs, self.packing.dtype)
         size = self.packing.size
-        self.family = family(size, context=width)
+        self.family = make_family(family, size, width, dtype=self.packing.dtype)
         if not getattr(self.family, "has_density", True):
             raise GuideError(
                 f"Auxiliary: {type(self.family).__name__} has no density, and where z is a function of a the reverse "
                 "model's grows without bound: give a family with a density, as DiagonalNormal"
             )
         features = size if features_aux is None else features_aux
-        if isinstance(features, bool) or not isinstance(features, int) or features < 1:
-            raise OptionError(f"Auxiliary: features_aux is {features_aux!r}, expected at least 1; Amortized has none")
+        check_size("Auxiliary: features_aux", features, why="; Amortized has none")
         self.start = DiagonalNormal(features, context=width)
         self.mix = nn.Sequential(nn.Linear(width + features, width), nn.ReLU())
         self.back = nn.Sequential(nn.Linear(width + size, width), nn.ReLU())
         self.reverse = DiagonalNormal(features, context=width)
+        self.to(self.packing.dtype)
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         context = self.encoder(self.features(batch))  # (B, c)

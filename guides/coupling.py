@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dgm.errors import OptionError
-
+from .domains import check_size, check_widths
 from .family import Push
 from .flow import Step
 from .heads import Conditioner, Head
@@ -71,13 +70,12 @@ class CouplingStep(Step):
         return torch.cat([kept, moved], -1).index_select(-1, self.back), log_slope.sum(-1)
 
 
-def check_coupling(name: str, transforms: int, hidden: Sequence[int]) -> None:
+def check_coupling(name: str, features: int, transforms: int, hidden: Sequence[int]) -> None:
     """Refuse what no coupling flow can be built of.
 
     Raises:
-        OptionError: transforms < 1, or hidden empty or with a width < 1.
+        OptionError: features < 1, transforms < 1, or hidden empty or with a width < 1.
     """
-    if transforms < 1:
-        raise OptionError(f"{name}: transforms must be at least 1, got {transforms}")
-    if not hidden or min(hidden) < 1:
-        raise OptionError(f"{name}: hidden needs one width or more, each >= 1, got {hidden}")
+    check_size(f"{name}: features", features)
+    check_size(f"{name}: transforms", transforms)
+    check_widths(name, hidden)

@@ -52,7 +52,7 @@ class CouplingAffineFlow(Flow):
         hidden: Sequence[int] = (64,),
         scale: float | None = None,
     ) -> None:
-        check_coupling("CouplingAffineFlow", transforms, hidden)
+        check_coupling("CouplingAffineFlow", features, transforms, hidden)
         super().__init__(features, context, [], scale)
         if features > 1:
             self.steps.extend(AffineStep(features, context, t % 2, hidden) for t in range(transforms))

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dgm.errors import OptionError
-
 from .coupling import CouplingStep, check_coupling
+from .domains import check_size
 from .family import Push
 from .flow import Flow, zuko
 
@@ -57,11 +56,8 @@ class CouplingSplineFlow(Flow):
         hidden: Sequence[int] = (64,),
         scale: float | None = None,
     ) -> None:
-        if transforms < 1 or bins < 2:
-            raise OptionError(
-                f"CouplingSplineFlow: transforms must be at least 1 and bins at least 2, got {transforms} and {bins}"
-            )
-        check_coupling("CouplingSplineFlow", transforms, hidden)
+        check_coupling("CouplingSplineFlow", features, transforms, hidden)
+        check_size("CouplingSplineFlow: bins", bins, 2)
         steps = [SplineStep(features, context, t % 2, bins, hidden) for t in range(transforms if features > 1 else 1)]
         super().__init__(features, context, steps, scale)
 

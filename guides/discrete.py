@@ -81,11 +81,14 @@ class Discrete(PyroModule):
         sizes = [table.size for table in self.tables]
         self.plate: DataPlate | None = None
         width = 0
+        floats = (site.value.dtype for site in chosen if site.value is not None and site.value.is_floating_point())
+        dtype = next(floats, None)  # a Categorical has none: then that of the data
         if chosen[0].plate is not None:
             self.plate = DataPlate(chosen[0], batch)
-            self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs)
+            self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs, dtype)
         self.sizes = sizes
         self.logits = Head(sum(sizes), width)
+        self.logits.to(self.features.shift.dtype if self.plate is not None else dtype)
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         if self.plate is None:

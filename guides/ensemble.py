@@ -19,6 +19,7 @@ from dgm.objectives import ELBO, Objective
 from dgm.programs import preserved_rng
 from dgm.sites import DATA_PLATE, Packing, Site, init_values, latents, trace_once
 
+from .family import make_family
 from .global_ import placed, select
 from .point import Point
 
@@ -86,7 +87,7 @@ class Ensemble(PyroModule):
         proposed = {**init_values(model), **(init or {})}
         made = [
             placed(
-                family(self.packing.size),
+                make_family(family, self.packing.size, dtype=self.packing.dtype),
                 self.packing.pack(_start(model, batch, chosen, proposed, k)).reshape(-1),
                 scale,
             )

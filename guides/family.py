@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.utils import _standard_normal
 
-from dgm.errors import GuideError, OptionError
+from dgm.entries import checked, entry_name
+from dgm.errors import GuideError
 
+from .domains import check_scale, check_size
 from .heads import Head
 
 Push = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -38,12 +40,8 @@ class Family(nn.Module):
 
     def __init__(self, features: int, context: int = 0) -> None:
         super().__init__()
-        if features < 1:
-            raise OptionError(
-                f"{type(self).__name__}: features must be at least 1, got {features}; a density needs a space"
-            )
-        if context < 0:
-            raise OptionError(f"{type(self).__name__}: context must be 0 (none) or more features, got {context}")
+        check_size(f"{type(self).__name__}: features", features, why="; a density needs a space")
+        check_size(f"{type(self).__name__}: context", context, 0, "; 0 is a density without one")
         self.features = features
         self.context = context
 
@@ -66,6 +64,32 @@ class Family(nn.Module):
             )
 
 
+def make_family(
+    make: Callable[..., nn.Module], features: int, context: int = 0, *, dtype: torch.dtype, **options: Any
+) -> nn.Module:
+    """A family for d features, checked by a run; its parameters have the floating type of the latents.
+
+    Args:
+        make: `(features, context=0) -> module`: a class of `dgm.guides`, one of zuko's, one of the caller's own.
+        features: the dimension d. context: features of the context; 0 for none. options: for `make`.
+        dtype: that of the latents.
+
+    Raises:
+        GuideError: it is no maker of families, or what it makes is no density on R^d with a pathwise gradient.
+
+    >>> from .point import Point
+    >>> make_family(Point, 3, dtype=torch.float64)().rsample().dtype
+    torch.float64
+    """
+    if isinstance(make, nn.Module) or not callable(make):
+        told = f"an object {type(make).__name__}(...)" if isinstance(make, nn.Module) else repr(make)
+        raise GuideError(
+            f"family is {told}, expected what makes one for the size of the latents: a class such as DiagonalNormal, "
+            "or partial(LowRankNormal, rank=3); dgm.guides.attached takes names"
+        )
+    return checked(make, entry_name(make))(features, context=context, **options).to(dtype)
+
+
 class LocationScale(Family):
     """A family whose start is a diagonal normal: it owns a location and a log scale, however they come about.
 
@@ -85,8 +109,7 @@ class LocationScale(Family):
         super().__init__(features, context)
         if scale is None:
             scale = 1.0 if context else 0.1
-        if not 0 < scale < math.inf:
-            raise OptionError(f"{type(self).__name__}: scale must be positive and finite, got {scale}")
+        check_scale(f"{type(self).__name__}: scale", scale)
         self.loc = Head(features, context)
         self.log_scale = Head(features, context, start=math.log(scale))
 

@@ -21,6 +21,7 @@ from dgm.sites import DATA_PLATE, Packing, latents
 
 from .amortized import DataPlate, local_sites
 from .diagonal_normal import DiagonalNormal
+from .family import make_family
 
 __all__ = ["Free"]
 
@@ -63,7 +64,7 @@ class Free(PyroModule):
         chosen = local_sites(latents(model, *batch, plates=plates), sites, type(self).__name__)
         self.packing = Packing(chosen)
         self.plate = DataPlate(chosen[0], batch)
-        member = family(self.packing.size)
+        member = make_family(family, self.packing.size, dtype=self.packing.dtype)
         with preserved_rng(0), recording() as draws, torch.no_grad():
             sample_and_log_prob(member())
         if not draws.complete:

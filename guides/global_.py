@@ -16,6 +16,8 @@ from dgm.errors import GuideError
 from dgm.sites import DATA_PLATE, Latents, Packing, latents, start_values
 
 from .diagonal_normal import DiagonalNormal
+from .domains import check_scale
+from .family import make_family
 
 __all__ = ["Global"]
 
@@ -70,7 +72,7 @@ class Global(PyroModule):
         self.packing = Packing(chosen)
         start = self.packing.pack(start_values(model, batch, chosen, init)).reshape(-1)  # (d,)
         scale = init_scale if init_scale is not None else getattr(model, "init_scale", None)
-        self.family = placed(family(self.packing.size), start, scale)
+        self.family = placed(make_family(family, self.packing.size, dtype=start.dtype), start, scale)
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         u = pyro.sample("_global", as_pyro(self.family()), infer=auxiliary(self.packing))  # (*S, d)
@@ -78,9 +80,15 @@ class Global(PyroModule):
 
 
 def select(found: Latents, names: Iterable[str] | None) -> list[Any]:
-    """The sites of these names, or all that are not enumerated."""
+    """The sites of these names, or all that are not enumerated.
+
+    Raises:
+        GuideError: an unknown name, or a single one that stands in no list.
+    """
     if names is None:
         return [site for site in found.values() if not (site.discrete and site.enumerated)]
+    if isinstance(names, str):
+        raise GuideError(f"sites is {names!r}, expected a list of names: sites=[{names!r}]")
     chosen = []
     for name in names:
         try:
@@ -107,7 +115,14 @@ class Placed(nn.Module):
 
 
 def placed(family: nn.Module, start: Tensor, scale: float | None = None) -> nn.Module:
-    """The family with its start at a point; at `scale` about it, or at the family's own, 0.1 where it has none."""
+    """The family with its start at a point; at `scale` about it, or at the family's own, 0.1 where it has none.
+
+    Raises:
+        OptionError: a scale that is not positive and finite.
+    """
+    if scale is not None:
+        check_scale("init_scale", scale)
+    family = family.to(start.dtype)
     initialise = getattr(family, "initialise", None)
     if initialise is None:
         return Placed(family, start, 0.1 if scale is None else scale)

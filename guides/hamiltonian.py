@@ -19,6 +19,7 @@ from dgm.sites import DATA_PLATE, latents
 
 from .amortized import Amortized
 from .diagonal_normal import DiagonalNormal
+from .domains import check_scale, check_size
 
 __all__ = ["HamiltonianAnnealing"]
 
@@ -78,11 +79,9 @@ class HamiltonianAnnealing(Amortized):
         init_scale: float | None = None,
         plates: Iterable[str] = (DATA_PLATE,),
     ):
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise OptionError(f"HamiltonianAnnealing: steps is {steps!r}, expected at least 1; Amortized takes none")
-        if not 0 < step_size < math.inf:
-            raise OptionError(f"HamiltonianAnnealing: step_size is {step_size!r}, expected a finite number > 0")
-        if not 0 < damping < 1:
+        check_size("HamiltonianAnnealing: steps", steps, why="; Amortized takes none")
+        check_scale("HamiltonianAnnealing: step_size", step_size)
+        if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < 1:
             raise OptionError(f"HamiltonianAnnealing: damping is {damping!r}, expected a number in (0, 1)")
         plates = tuple(plates)
         super().__init__(
@@ -103,6 +102,7 @@ class HamiltonianAnnealing(Amortized):
         self.bridge = nn.Parameter(torch.zeros(steps + 1))
         if steps > 1:
             self.keep = nn.Parameter(torch.tensor(math.log(damping / (1 - damping))))
+        self.to(self.packing.dtype)
 
     @property
     def evaluations_per_step(self) -> int:

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgm.errors import OptionError
-
+from .domains import check_size, check_widths
 from .family import Push
 from .flow import Flow, Step
 from .heads import Conditioner
@@ -60,10 +59,9 @@ class InverseAutoregressiveFlow(Flow):
         hidden: Sequence[int] = (128,),
         scale: float | None = None,
     ) -> None:
-        if transforms < 1:
-            raise OptionError(f"InverseAutoregressiveFlow: transforms must be at least 1, got {transforms}")
-        if not hidden or min(hidden) < 1:
-            raise OptionError(f"InverseAutoregressiveFlow: hidden needs one width or more, each >= 1, got {hidden}")
+        check_size("InverseAutoregressiveFlow: features", features)
+        check_size("InverseAutoregressiveFlow: transforms", transforms)
+        check_widths("InverseAutoregressiveFlow", hidden)
         order = torch.arange(1, features + 1)
         steps = [
             GatedStep(order.flip(0) if t % 2 else order, context, hidden)

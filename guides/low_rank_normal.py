@@ -42,7 +42,7 @@ class LowRankNormal(LocationScale):
 
     def __init__(self, features: int, context: int = 0, rank: int | None = None, scale: float | None = None) -> None:
         super().__init__(features, context, scale)
-        if rank is not None and not 1 <= rank < features:
+        if rank is not None and (not isinstance(rank, int) or not 1 <= rank < features):
             raise OptionError(
                 f"LowRankNormal: rank must be at least 1 and less than features = {features}, got {rank}; "
                 f"FullNormal({features}) is the family of every covariance, DiagonalNormal({features}) that of rank 0"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dgm.errors import OptionError
 
+from .domains import check_scale, check_size
 from .family import Family, Pushforward, Shape
 from .heads import Head
 
@@ -66,10 +67,8 @@ class MatrixNormal(Family):
             )
         if scale is None:
             scale = 1.0 if context else 0.1
-        if not 0 < scale < math.inf:
-            raise OptionError(f"MatrixNormal: scale must be positive and finite, got {scale}")
-        if full < 0:
-            raise OptionError(f"MatrixNormal: full must be 0 (diagonal factors) or more, got {full}")
+        check_scale("MatrixNormal: scale", scale)
+        check_size("MatrixNormal: full", full, 0, "; 0 has diagonal factors")
         self.shape = rows, columns = int(shape[0]), int(shape[1])
         self.loc = Head(features, context)
         self.rows = Factor(rows, context, math.log(scale), rows <= full)

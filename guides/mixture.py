@@ -13,6 +13,7 @@ from torch.distributions.utils import _standard_normal
 
 from dgm.errors import OptionError
 
+from .domains import check_scale, check_size
 from .family import Family, Shape
 from .heads import Head
 
@@ -75,8 +76,7 @@ class Mixture(Family):
         scale: float | None = None,
     ) -> None:
         super().__init__(features, context)
-        if components < 1:
-            raise OptionError(f"Mixture: components must be at least 1, got {components}")
+        check_size("Mixture: components", components)
         if weights not in ("uniform", "learned"):
             raise OptionError(f"Mixture: weights must be 'uniform' or 'learned', got {weights!r}")
         if weights == "learned" and features > LIMIT:
@@ -86,8 +86,7 @@ class Mixture(Family):
             )
         if scale is None:
             scale = 1.0 if context else 0.1
-        if not 0 < scale < math.inf:
-            raise OptionError(f"Mixture: scale must be positive and finite, got {scale}")
+        check_scale("Mixture: scale", scale)
         self.components, self.scale = components, scale
         self.loc = Head(components * features, context)
         self.log_scale = Head(components * features, context)

@@ -13,9 +13,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, sample_sites
-from dgm.errors import GuideError, OptionError
+from dgm.errors import GuideError
 from dgm.sites import DATA_PLATE, Packing
 
+from .domains import check_scale, check_size, check_widths
 from .inverse_autoregressive_flow import GatedStep, InverseAutoregressiveFlow
 from .layers import global_sites, matrices_of, packed_start, spread
 
@@ -82,8 +83,9 @@ class MultiplicativeFlow(PyroModule):
         super().__init__()
         scale = init_scale if init_scale is not None else getattr(model, "init_scale", 0.1)
         for name, value in (("init_scale", scale), ("z_scale", z_scale)):
-            if not 0 < value < math.inf:
-                raise OptionError(f"MultiplicativeFlow: {name} must be positive and finite, got {value}")
+            check_scale(f"MultiplicativeFlow: {name}", value)
+        check_size("MultiplicativeFlow: transforms", transforms)
+        check_widths("MultiplicativeFlow", hidden)
         self.packing = Packing(global_sites(model, batch, sites, plates, "MultiplicativeFlow"))
         self.matrices = matrices_of(self.packing, vectors=True)
         if not self.matrices:
@@ -96,10 +98,10 @@ class MultiplicativeFlow(PyroModule):
         self.log_scale = nn.Parameter(torch.full_like(start, math.log(scale)))
         self.flows, self.reverses = nn.ModuleDict(), nn.ModuleDict()
         for name, matrix in self.matrices.items():
-            flow = InverseAutoregressiveFlow(matrix.inputs, transforms=transforms, hidden=hidden)
+            flow = InverseAutoregressiveFlow(matrix.inputs, transforms=transforms, hidden=hidden).to(start.dtype)
             flow.initialise(torch.ones(matrix.inputs), z_scale)
             self.flows[_key(name)] = flow
-            self.reverses[_key(name)] = Reverse(matrix.inputs, transforms, hidden, z_scale)
+            self.reverses[_key(name)] = Reverse(matrix.inputs, transforms, hidden, z_scale).to(start.dtype)
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         z = {

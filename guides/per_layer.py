@@ -18,6 +18,7 @@ from dgm.errors import GuideError, OptionError, did_you_mean
 from dgm.sites import DATA_PLATE, start_values
 
 from .diagonal_normal import DiagonalNormal
+from .family import make_family
 from .full_normal import FullNormal
 from .global_ import placed
 from .layers import Layer, global_sites, layers_of
@@ -96,7 +97,8 @@ class PerLayer(PyroModule):
             if shaped and layer.order is not None:
                 start = start[layer.order]
                 self.register_buffer(_home(layer.name), layer.order.argsort(), persistent=False)
-            module = make(layer.packing.size, shape=layer.shape) if shaped else make(layer.packing.size)
+            shape: dict[str, Any] = {"shape": layer.shape} if shaped else {}
+            module = make_family(make, layer.packing.size, dtype=start.dtype, **shape)
             families[_key(layer.name)] = placed(module, start, scale)
         self.families = nn.ModuleDict(families)
         self.has_density = all(getattr(module, "has_density", True) for module in families.values())

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dgm.errors import OptionError
-
+from .domains import check_size
 from .family import Push
 from .flow import Flow, Step
 from .heads import Head
@@ -48,8 +47,7 @@ class PlanarFlow(Flow):
     """
 
     def __init__(self, features: int, context: int = 0, transforms: int = 8, scale: float | None = None) -> None:
-        if transforms < 1:
-            raise OptionError(f"PlanarFlow: transforms must be at least 1, got {transforms}")
+        check_size("PlanarFlow: transforms", transforms)
         super().__init__(features, context, [], scale)
         self.steps.extend(PlanarStep(features, context) for _ in range(transforms))
 

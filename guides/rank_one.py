@@ -13,9 +13,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from dgm.distributions import sample_sites
-from dgm.errors import GuideError, OptionError
+from dgm.errors import GuideError
 from dgm.sites import DATA_PLATE, Packing
 
+from .domains import check_scale, check_size
 from .layers import global_sites, matrices_of, packed_start, spread
 
 __all__ = ["RankOne"]
@@ -78,11 +79,9 @@ class RankOne(PyroModule):
         plates: Iterable[str] = (DATA_PLATE,),
     ) -> None:
         super().__init__()
-        if components < 1:
-            raise OptionError(f"RankOne: components must be at least 1, got {components}")
+        check_size("RankOne: components", components)
         for name, scale in (("prior_scale", prior_scale), ("init_scale", init_scale)):
-            if not 0 < scale < math.inf:
-                raise OptionError(f"RankOne: {name} must be positive and finite, got {scale}")
+            check_scale(f"RankOne: {name}", scale)
         self.packing = Packing(global_sites(model, batch, sites, plates, "RankOne"))
         self.matrices = matrices_of(self.packing)
         if not self.matrices:
@@ -98,7 +97,7 @@ class RankOne(PyroModule):
                 name.replace(".", "|"): Factors(components, m.outputs + m.inputs, spread_of_means, init_scale)
                 for name, m in self.matrices.items()
             }
-        )
+        ).to(self.loc.dtype)
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         chosen = self._chosen()

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, auxiliary, sample_sites
-from dgm.errors import OptionError
 from dgm.inside import log_target, refuse_unknown
 from dgm.sites import DATA_PLATE, latents
 
 from .amortized import Amortized
 from .diagonal_normal import DiagonalNormal
+from .domains import check_scale, check_size
 
 __all__ = ["SemiAmortized"]
 
@@ -77,11 +77,9 @@ class SemiAmortized(Amortized):
         init_scale: float | None = None,
         plates: Iterable[str] = (DATA_PLATE,),
     ):
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise OptionError(f"SemiAmortized: steps is {steps!r}, expected at least 1; Amortized takes none")
-        for name, value in (("step_size", step_size), ("clip", clip)):
-            if not 0 < value < math.inf:
-                raise OptionError(f"SemiAmortized: {name} is {value!r}, expected a finite number > 0")
+        check_size("SemiAmortized: steps", steps, why="; Amortized takes none")
+        check_scale("SemiAmortized: step_size", step_size)
+        check_scale("SemiAmortized: clip", clip)
         plates = tuple(plates)
         super().__init__(
             model,
@@ -97,7 +95,7 @@ class SemiAmortized(Amortized):
         self.family: DiagonalNormal
         self.__dict__["model"] = model  # a reference: its parameters are the model's, not the guide's
         self.steps, self.clip, self.second_order = steps, float(clip), second_order
-        self.log_step = nn.Parameter(torch.full((2,), math.log(step_size)))
+        self.log_step = nn.Parameter(torch.full((2,), math.log(step_size), dtype=self.packing.dtype))
 
     @property
     def evaluations_per_step(self) -> int:

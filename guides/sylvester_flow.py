@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgm.errors import OptionError
 
+from .domains import check_size
 from .family import Push
 from .flow import Flow, Step
 from .heads import Head
@@ -64,12 +65,10 @@ class SylvesterFlow(Flow):
         reflections: int = 4,
         scale: float | None = None,
     ) -> None:
-        if transforms < 1 or reflections < 1:
-            raise OptionError(
-                "SylvesterFlow: transforms and reflections must be at least 1, "
-                f"got transforms={transforms} and reflections={reflections}"
-            )
-        if columns is not None and not 1 <= columns <= features:
+        check_size("SylvesterFlow: features", features)
+        check_size("SylvesterFlow: transforms", transforms)
+        check_size("SylvesterFlow: reflections", reflections)
+        if columns is not None and (not isinstance(columns, int) or not 1 <= columns <= features):
             raise OptionError(
                 f"SylvesterFlow: columns must be at least 1 and at most features = {features}, got {columns}: "
                 "there are no more orthogonal directions"

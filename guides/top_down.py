@@ -77,11 +77,12 @@ class TopDown(PyroModule):
         self.__dict__["model"] = model  # a reference: its parameters are the model's, not the guide's
         self.packing = Packing(chosen)
         self.plate = DataPlate(chosen[0], batch)
-        self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs)
+        self.features, self.encoder, width = encoded(model, batch, self.plate.rows, encoder, inputs, self.packing.dtype)
         sizes = [block.stop - block.start for block in self.packing.blocks]
         self.up = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in sizes[1:])
         self.seen = nn.ModuleList(Head(size, width) for size in sizes)
         self.log_scale = nn.ModuleList(Head(size, width) for size in sizes)
+        self.to(self.packing.dtype)
 
     def forward(self, *batch: Any, given: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Tensor]:
         loc, log_scale = self.bottom_up(*batch)

@@ -300,5 +300,5 @@ def test_a_start_that_cannot_be_told_is_refused() -> None:
     model, (x,) = linear_vae.example()
     with pytest.raises(GuideError, match="cannot be told where to start"):
         Amortized(model, x, init_scale=0.1, family=partial(zuko.flows.NICE, hidden_features=(8,)))
-    with pytest.raises(GuideError, match="positive, got -1"):
+    with pytest.raises(OptionError, match="init_scale must be positive and finite, got -1"):
         Amortized(model, x, init_scale=-1.0)

@@ -373,8 +373,17 @@ def test_local_noise_has_less_variance() -> None:
 def test_layer_noise_needs_a_linear_layer_with_normal_weights() -> None:
     model, batch = regression()
     guide = Global(model, *batch, family=FullNormal).double()
-    with pytest.raises(GuideError, match=r"no nn\.Linear of the model got its weight from an independent normal"):
+    with pytest.raises(GuideError, match=r"the guide draws no latent from independent normals: use a diagonal"):
         Pair(model, guide, dgm.ELBO(layer_noise="local")).loss(None, batch)
+
+    def location(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    pair = Pair(location, Global(location, torch.ones(3)), dgm.ELBO(layer_noise="flipout"))
+    with pytest.raises(GuideError, match=r"no nn\.Linear of the model .* has one of the latents \['m'\] as its weight"):
+        pair.loss(None, (torch.ones(3),))
 
 
 def test_a_correlated_normal_over_one_latent_has_a_closed_form() -> None:

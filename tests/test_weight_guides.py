@@ -451,7 +451,7 @@ def test_shape_holds_the_features(shape: Any) -> None:
     ("make", "told"),
     [
         (partial(MatrixNormal, 2, scale=0.0), "scale must be positive"),
-        (partial(MatrixNormal, 2, full=-1), "full must be 0"),
+        (partial(MatrixNormal, 2, full=-1), "full must be at least 0"),
         (partial(RadialNormal, 2, scale=math.inf), "scale must be positive"),
         (partial(RankOne, *_flat(bnn.example()), components=0), "components must be at least 1"),
         (partial(RankOne, *_flat(bnn.example()), prior_scale=0.0), "prior_scale must be positive"),
