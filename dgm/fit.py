@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .feeding import Transform, _sources
 from .pace import Compile
-from .programs import Program, preserved_rng
+from .programs import Program, owner, preserved_rng
 from .schedules import KLSchedule
 from .training import Fit, Interrupted, Options, Plan, checked_seed, move
 
@@ -60,7 +60,8 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
     Args:
         model, guide: Pyro programs; their parameters are trained in place. Freeze one by `requires_grad_(False)`.
         data: arrays with rows first (tensor, numpy, pandas), as the model takes them; or one DataLoader. `np.memmap`
-            arrays (`np.load(file, mmap_mode="r")`) are read batch by batch, never as a whole.
+            arrays (`np.load(file, mmap_mode="r")`) are read batch by batch, never as a whole, unless the guide has a
+            `finish` (Laplace, SWAG, NUTS, an exact last layer): that is given all training rows in memory.
         epochs, steps: how long, one of them; 100 epochs unless told.
         batch_size: rows in a step; None for all. The last smaller batch is used too.
         optim: a torch optimiser factory, a torch optimiser or a PyroOptim; default Adam with `lr`.
@@ -78,7 +79,8 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
         validate_every: epochs between validations.
         patience: stop by `NoisyPlateau(patience)` on the held-out bound, and keep the best validated parameters.
         seed: of the noise and of the data order; the random stream outside is left as it was.
-        device, dtype: where, and in which floating type, to train; default as model and data are.
+        device, dtype: where, and in which floating type, to train; default as the programs are: data are converted to
+            the type of the model's parameters, else the guide's (for replicas: to torch's default type).
         progress: show a progress bar.
         transform: `(batch, generator) -> batch`, applied to every training batch (stochastic binarization).
         sizes: rows of the full data for each data plate; default the number of rows for the plate "data".
@@ -121,10 +123,17 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
         return fit_replicas(model, guide, data, replicas, options)
     plan = options.plan(options.seed, options.kl_weight)
     move(model, guide, device=device, dtype=dtype)
-    source, held_out = _sources(data, validation, batch_size, plan.seed, transform, device, dtype)
+    seen = dtype if dtype is not None else _floating_type(model, guide)
+    source, held_out = _sources(data, validation, batch_size, plan.seed, transform, device, seen)
     run = options.run(model, guide, source, held_out, plan, lr)
     with preserved_rng(plan.seed), tqdm(total=plan.total(source.steps), disable=not progress, unit="step") as bar:
         return run.go(schedule, bar)
+
+
+def _floating_type(*programs: Program) -> torch.dtype | None:
+    """That of the first parameter of the programs, in their order; None where there is none yet."""
+    homes = [home for home in map(owner, programs) if home is not None]
+    return next((p.dtype for home in homes for p in home.parameters() if p.is_floating_point()), None)
 
 
 __all__ = ["Fit", "Interrupted", "Options", "Plan", "checked_seed", "fit"]

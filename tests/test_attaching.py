@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import dgm
@@ -113,3 +115,22 @@ def test_a_start_of_no_scale_is_refused(scale: Any) -> None:
 def test_numbers_of_another_kind_are_refused(make: Any) -> None:
     with pytest.raises(OptionError, match=r"whole number|hidden needs|positive and finite|rank must be"):
         make()
+
+
+@pytest.mark.parametrize("decoder", [None, nn.Linear(2, 2)])
+def test_fit_trains_in_the_floating_type_of_the_programs(decoder: nn.Module | None) -> None:
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = copy.deepcopy(decoder)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z if self.decoder is None else self.decoder(z), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(8, 2, dtype=torch.float64)
+    model = Model().double()
+    fit = dgm.fit(model, Amortized(model, x), x, epochs=1, batch_size=5)
+    assert {p.dtype for p in fit.guide.parameters()} == {torch.float64}
+    assert math.isfinite(fit.history["elbo"].iloc[-1])
