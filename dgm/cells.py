@@ -148,7 +148,7 @@ def evaluated(
     khat = scores.per_datum["khat"].to_numpy()
     if np.isnan(khat).all() and scores.kind.startswith("log predictive"):
         khat = np.array([global_khat(result.model, result.guide, *train, seed=seed)])
-        if np.isfinite(khat).all():
+        if not np.isnan(khat).any():  # infinite: one weight dominates, or all are equal
             row.update(khat_bad=float(khat[0] > k_threshold(1000)), khat_median=float(khat[0]))
     history = result.history.assign(guide=row["guide"], seed=seed)
     drawn = pictures_of(result.model, result.guide, held_out, info, seed)

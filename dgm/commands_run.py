@@ -12,7 +12,7 @@ from typing import Any
 from .commands import INTERRUPTED, OK, SOME_FAILED, Source, Task, compile_of, plural, results_folder, saved, task
 from .draws import write_draws
 from .entries import entry_name
-from .errors import DataError, OptionError, TrainingError
+from .errors import DataError, DGMError, OptionError
 from .evaluate import evaluate
 from .files import Dataset
 from .fit import Fit, Interrupted, checked_seed, fit
@@ -69,12 +69,15 @@ def _fitted(job: Task, model: Any, guide: Any, seed: int, how: Compile) -> tuple
             progress=bar,
             compile=how,
         ), OK
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.fit, SOME_FAILED  # type: ignore[attr-defined]
+    except DGMError as error:
+        kept: Fit | None = getattr(error, "fit", None)
+        if kept is None:  # refused before it began
+            raise
+        print(f"error: {error}\nwhat was trained until then is written", file=sys.stderr)
+        return kept, SOME_FAILED
     except Interrupted as interrupted:
         print("interrupted: what was trained is written", file=sys.stderr)
-        return interrupted.args[0], INTERRUPTED
+        return interrupted.fit, INTERRUPTED
 
 
 def run_evaluate(

@@ -12,7 +12,6 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .errors import DGMError
 from .evaluate import predict
 from .metrics import CategoricalPrediction
 from .pair import Pair
@@ -34,7 +33,7 @@ def pictures_of(
                 return _images(model, guide, held_out, shape, seed)
             if len(held_out) == 2 and held_out[0].dim() == 2 and held_out[0].shape[1] <= 2:
                 return _band(model, guide, held_out, float(info.get("y_std", 1.0)))
-    except (DGMError, RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:
         log.warning("no pictures of %s: %s: %s", program_name(guide), type(error).__name__, error)
     return {}
 
@@ -75,7 +74,7 @@ def _band(model: Program, guide: Program, held_out: Sequence[Tensor], y_std: flo
         return {}
     out: dict[str, Any] = {"x": x.squeeze(-1).numpy(), "y": y.numpy(), "grid": grid.squeeze(-1).numpy()}
     if isinstance(prediction, CategoricalPrediction):
-        return out | {"mean": prediction.probs.mean(0)[:, -1].numpy()} if x.shape[1] == 2 else {}
+        return out | {"mean": prediction.probs[:, -1].numpy()} if x.shape[1] == 2 else {}
     if x.shape[1] != 1:
         return {}
     noise = torch.randn(prediction.loc.shape, dtype=prediction.loc.dtype)

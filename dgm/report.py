@@ -17,7 +17,18 @@ from matplotlib.figure import Figure
 from . import plots
 from .errors import OptionError
 from .style import COLOURS, count, limit, share, shorten, svg
-from .tables import best_place, columns, failures, format_table, headline, numbers, score_name, texts_of, verdict
+from .tables import (
+    best_place,
+    columns,
+    failures,
+    format_table,
+    headline,
+    numbers,
+    remarks,
+    score_name,
+    texts_of,
+    verdict,
+)
 
 __all__ = ["Comparison", "format_table", "render", "verdict", "write_report"]
 
@@ -178,14 +189,6 @@ def _provenance(meta: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[st
     return out, [notes] if isinstance(notes, str) else [str(n) for n in notes]
 
 
-def _remarks(rows: pd.DataFrame) -> list[str]:
-    """What the evaluation had to note, each once, with the guides it is about."""
-    if "notes" not in rows:
-        return []
-    noted = rows[rows["notes"].fillna("").astype(str) != ""].groupby("notes", sort=False)["guide"]
-    return [f"{', '.join(shorten(g, 80) for g in guides.unique())}: {note}." for note, guides in noted]
-
-
 def render(result: Comparison) -> str:
     """The HTML page as text: nothing in it is loaded from elsewhere, and every name in it is escaped."""
     table, meta, rows = result.table, {**result.meta, "k_threshold": result.k_threshold}, result.rows
@@ -210,7 +213,7 @@ def render(result: Comparison) -> str:
             (i, shorten(g, 80), [c.cells[i].strip().replace("-", "−") for c in shown])
             for i, g in enumerate(table.index)
         ],
-        remarks=_remarks(rows),
+        remarks=remarks(rows),
         failures=failures(rows),
         failed=int((rows["status"] != "ok").sum()) if "status" in rows else 0,
         total=len(rows),

@@ -175,7 +175,7 @@ def headline(meta: Mapping[str, Any]) -> str:
 
 
 def format_table(table: pd.DataFrame, meta: Mapping[str, Any], rows: pd.DataFrame | None = None) -> str:
-    """The ranked table for a terminal; runs that failed are listed below it if rows are given.
+    """The ranked table for a terminal; runs that failed, and notes, are listed below it if rows are given.
 
     Args:
         table: one row for each guide, best first.
@@ -202,7 +202,8 @@ def format_table(table: pd.DataFrame, meta: Mapping[str, Any], rows: pd.DataFram
             f"failed: {f['guide']}, seed{'s' * (',' in f['seeds'])} {f['seeds']}: {f['status']}" for f in failures(rows)
         ]
     )
-    return "\n".join([headline(meta), *lines, *failed])
+    noted = [] if rows is None else [f"note: {remark}" for remark in remarks(rows, brief=True)]
+    return "\n".join([headline(meta), *lines, *failed, *noted])
 
 
 def failures(rows: pd.DataFrame) -> list[dict[str, str]]:
@@ -218,6 +219,34 @@ def failures(rows: pd.DataFrame) -> list[dict[str, str]]:
         {"guide": shorten(guide, 80), "seeds": ", ".join(map(str, seeds)), "status": shorten(status, 400)}
         for (guide, status), seeds in groups
     ]
+
+
+def remarks(rows: pd.DataFrame, brief: bool = False) -> list[str]:
+    """What the evaluation had to note, each once, with the guides and seeds that it is about.
+
+    Args:
+        rows: one row for each guide and seed, with notes.
+        brief: of notes that differ between the seeds of a guide those of its first seed only.
+
+    >>> frame = pd.DataFrame({"guide": ["g", "g", "h"], "seed": [0, 1, 0], "notes": ["far", "near", "far"]})
+    >>> remarks(frame)
+    ['g, seed 0; h: far.', 'g, seed 1: near.']
+    >>> remarks(frame, brief=True)
+    ['g, seed 0 of 2; h: far.']
+    """
+    if "notes" not in rows:
+        return []
+    noted = rows[rows["notes"].fillna("").astype(str) != ""]
+    found: dict[str, list[str]] = {}
+    for guide, own in noted.groupby("guide", sort=False):
+        seeds, several = int((rows["guide"] == guide).sum()), own["notes"].nunique() > 1 and brief
+        for note, part in own.groupby("notes", sort=False):
+            which = "" if len(part) == seeds else f", seed{'s' * (len(part) > 1)} " + ", ".join(map(str, part["seed"]))
+            which += f" of {seeds}" if several else ""
+            found.setdefault(str(note), []).append(shorten(guide, WIDTH if brief else 80) + which)
+            if several:
+                break
+    return [f"{'; '.join(guides)}: {note.rstrip('.')}." for note, guides in found.items()]
 
 
 def _join(parts: Sequence[Markup]) -> Markup:

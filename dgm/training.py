@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_all_rows, check_observed
-from .errors import DGMError, OptionError, TrainingError
+from .errors import DGMError, GuideError, OptionError, TrainingError
 from .feeding import Batch, Loaded, Memory, Transform
 from .heldout import HeldOut
 from .optim import adam
@@ -182,8 +182,6 @@ class Options:
         check: bool = True,
     ) -> Run:
         """A training that is ready to go, its data checked against the model."""
-        for part in finishers(guide):
-            getattr(part, "reopen", lambda: None)()
         full = dict(self.sizes) if self.sizes is not None else source.sizes(model)
         plates = {DATA_PLATE, *full}
         if check and isinstance(source, Memory):
@@ -191,6 +189,8 @@ class Options:
             check_all_rows(model, tensors, plates, whole=source.whole, transform=self.transform)
         if check and held_out is not None:
             check_all_rows(model, held_out, plates)
+        for part in finishers(guide):  # not before: what is refused leaves a finished guide as it is
+            getattr(part, "reopen", lambda: None)()
         optim = self.optim if self.optim is not None else adam(lr)
         horizon = plan.total(source.steps)
         svi = SVI(model, guide, optim, self.loss, sizes=full, compile=self.compile, clip=self.clip, horizon=horizon)
@@ -243,7 +243,8 @@ class Run:
         """The result, once the guide has made its posterior of all training rows, where it has a `finish`.
 
         Raises:
-            DGMError: `finish` refuses; the error's `fit` is the training before it.
+            DGMError: `finish` refuses, or fails (then a GuideError that names it); the error's `fit` is the training
+                before it.
         """
         result, parts = self.result(why), finishers(self.svi.guide)
         if not parts:
@@ -257,6 +258,10 @@ class Run:
             except DGMError as error:
                 error.fit = result  # type: ignore[attr-defined]
                 raise
+            except Exception as error:
+                refusal = _failed(part, error)
+                refusal.fit = result  # type: ignore[attr-defined]
+                raise refusal from error
             self.evaluations += getattr(part, "evaluations", 0)
         self.seconds += time.perf_counter() - start
         self.cpu_seconds += time.process_time() - cpu
@@ -363,6 +368,14 @@ class Run:
     def _engine(self) -> str:
         reason = self.svi.fallback or self.svi.uncompiled
         return self.svi.kind + (f" ({reason})" if reason else "")
+
+
+def _failed(part: Any, error: Exception) -> GuideError:
+    what = " ".join(str(error).split())
+    return GuideError(
+        f"{type(part).__name__}.finish failed after training with {type(error).__name__}: {what}; the trained guide is "
+        "kept as it was before it: mend `finish`, or call it yourself as guide.finish(model, *data)"
+    )
 
 
 def move(*programs: Program, device: Any = None, dtype: Any = None) -> None:

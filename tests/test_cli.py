@@ -277,6 +277,23 @@ def test_train_evaluate_sample(here: Path) -> None:
     assert "use that version or newer" in refused("evaluate", "run")
 
 
+def test_a_training_cut_short_is_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("train", "--model", "bnn", "--data", "gap", "--guide", "laplace", "--epochs", 2)
+    for name, error, code, told in (
+        ("stopped", KeyboardInterrupt, 130, "interrupted: what was trained is written"),
+        ("refused", ZeroDivisionError, 1, "Laplace.finish failed after training"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("dgm.guides.laplace.precision", lambda *_, error=error: (_ for _ in ()).throw(error))
+            assert told in run(*words, "--out", name, code=code)
+        assert "200 rows" in run("evaluate", name, "--samples", 100)
+    run(*words, "--out", "whole")
+    assert "note: Laplace (full)" in run("evaluate", "whole", "--samples", 100)
+    assert "directions have negative curvature" in run(
+        "compare", *words[1:], "--seeds", 1, "--jobs", 1, "--samples", 100
+    )
+
+
 def test_predictions_stand_on_the_scale_of_the_target(here: Path) -> None:
     run("train", "--model", "bnn", "--data", "diabetes", "--guide", "point", "--epochs", 60, "--out", "run")
     run("sample", "run", "--n", 3)

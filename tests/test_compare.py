@@ -14,10 +14,14 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from dgm import Comparison, compare
+from dgm import Comparison, cells, compare, pictures
 from dgm.errors import DataError, DGMError, ModelError, OptionError
 from dgm.guides import attached
+from dgm.guides.amortized import Amortized
 from dgm.guides.encoders import mlp
+from dgm.guides.global_ import Global
+from dgm.models.bnn import BNN
+from dgm.models.likelihoods import Categorical
 from dgm.starting import maker
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
@@ -67,7 +71,7 @@ BAD: list[tuple[Callable[[], Any], type[DGMError], str]] = [
     (lambda: short(test=X[:, :3]), DataError, "shape"),
     (lambda: short(data=(X, X)), ModelError, "could not be run on these data: TypeError"),
     (lambda: short(broken), ModelError, r"ZeroDivisionError: half way \(line \d+ of its file\)$"),
-    (lambda: short(mixture), ModelError, "'k' is discrete"),
+    (lambda: short(mixture, guides={"normal": Amortized}), ModelError, "'k' is discrete"),
     (lambda: short(lambda: None), ModelError, "gave a NoneType"),
     (lambda: short(batch_size=500), DataError, "larger than the data"),
     (lambda: short(epochs=0), OptionError, "epochs is 0"),
@@ -89,6 +93,29 @@ def test_what_no_guide_could_cure_is_refused_before_training(
     with pytest.raises(kind, match=message) as caught:
         run()
     assert "\n" not in str(caught.value)
+
+
+def test_discrete_latents_are_served_by_joint() -> None:
+    rows = short(mixture).rows
+    assert list(rows["status"]) == ["ok", "ok"] and np.isfinite(rows["bound"]).all()
+
+
+def test_a_plane_of_classes_is_drawn_and_no_picture_loses_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = X[:, :2]
+    y = (x[:, 0] > 0).long()
+    net = BNN(nn.Linear(2, 2), Categorical())
+    result = short(net, (x, y), {"normal": Global})
+    assert result.pictures["normal"]["mean"].shape == (1600,)
+    assert 0 <= result.pictures["normal"]["mean"].min() <= result.pictures["normal"]["mean"].max() <= 1
+    monkeypatch.setattr(pictures, "predict", lambda *_, **__: [][0])
+    result = short(net, (x, y), {"normal": Global})
+    assert list(result.rows["status"]) == ["ok"] and not result.pictures
+
+
+def test_one_weight_that_dominates_is_a_bad_khat_not_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "global_khat", lambda *_, **__: np.inf)
+    result = short(program, X[:, 0], {"normal": lambda model, x: AutoNormal(model)}, batch_size=100)
+    assert list(result.rows["khat_bad"]) == [1.0] and "100 %" in repr(result)
 
 
 def test_a_guide_that_fails_is_a_row() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dgm
-from dgm.errors import GuideError, TrainingError
+from dgm.errors import DataError, GuideError, TrainingError
 from dgm.guides.amortized import Amortized
 from dgm.guides.free import Free
 from dgm.guides.global_ import Global
@@ -90,6 +90,38 @@ def test_a_finish_that_refuses_stops_no_other_replica(monkeypatch: pytest.Monkey
         assert [fit.error for fit in fits] == ["finish says no"] * 2 and len(fits[0].history) == 2
     with pytest.raises(GuideError, match="finish says no"):
         dgm.fit(model, Counting(model, x, y), x, y, epochs=1)
+
+
+def test_a_finish_that_fails_keeps_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any, *data: Any, seed: int = 0) -> None:
+        raise ZeroDivisionError("half\nway")
+
+    monkeypatch.setattr(Counting, "finish", fails)
+    model, (x, y) = network()
+    with pytest.raises(GuideError, match=r"Counting\.finish failed .* ZeroDivisionError: half way; ") as caught:
+        dgm.fit(model, Counting(model, x, y), x, y, epochs=3)
+    assert caught.value.fit.steps == 3  # type: ignore[attr-defined]
+    for compile in (False, "trace"):
+        fits = dgm.fit(lambda: network()[0], Counting, x, y, epochs=2, replicas=2, compile=compile)
+        assert all("half way" in str(fit.error) and fit.steps == 2 for fit in fits)
+
+
+def test_ctrl_c_while_finishing_keeps_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgm.guides.laplace.precision", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    model, (x, y) = network()
+    guide = Laplace(model, x, y)
+    with pytest.raises(Interrupted) as caught:
+        dgm.fit(model, guide, x, y, epochs=3)
+    assert caught.value.fit.steps == 3 and not guide.done and not bool(guide.finished)
+
+
+def test_what_is_refused_leaves_a_finished_guide_as_it_is() -> None:
+    model, (x, y) = network()
+    guide = Laplace(model, x, y)
+    dgm.fit(model, guide, x, y, epochs=1)
+    with pytest.raises(DataError):
+        dgm.fit(model, guide, x, torch.full_like(y, torch.nan), epochs=1)
+    assert guide.done and has_density(guide)
 
 
 def test_has_density_is_found_inside() -> None:
