@@ -17,7 +17,7 @@ from dgm.programs import preserved_rng
 from dgm.sites import DATA_PLATE
 
 from .curved import CurvedDiagonal, CurvedKronecker, partial_normal
-from .mode import FixedNormal, Mode, log_normaliser, positive
+from .mode import FixedNormal, Mode, log_normaliser, positive, whole
 
 __all__ = ["Laplace"]
 
@@ -93,8 +93,8 @@ class Laplace(Mode):
         if structure not in STRUCTURES:
             raise OptionError(f"Laplace: structure is {structure!r}, expected one of {', '.join(STRUCTURES)}")
         for name, value in (("draws", draws), ("limit", limit)):
-            if value is not None and value < 1:
-                raise OptionError(f"Laplace: {name} is {value!r}, expected a whole number of at least 1")
+            if value is not None:
+                whole("Laplace", name, value)
         super().__init__(model, *batch, sites=sites, init=init, plates=plates)
         self.structure, self.draws = structure, draws
         for name in ("gradient_norm", "newton_step", "negative", "evidence"):
@@ -136,7 +136,12 @@ class Laplace(Mode):
             f"{int(self.negative)} directions have negative curvature"
             + (" (they got the prior's precision)" if self.negative else "")
             + ("; the Fisher information sees that of the prior alone" if self.structure in FISHER else "")
+            + ("; this is no mode: train longer or with a larger step size" if self._far() else "")
         ]
+
+    def _far(self) -> bool:
+        """Whether the point is no mode, by more than the posterior is wide."""
+        return float(self.newton_step) > 1 or int(self.negative) > 0
 
     def density(self) -> Any:
         if self.structure != "last-layer":
@@ -218,7 +223,7 @@ def _finite(value: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(value).all()):
         raise GuideError(
             f"Laplace: {what} is not finite at the point where training ended: train longer or with a smaller step "
-            "size, or use Global with DiagonalNormal, which needs no curvature"
+            "size, look for damaged rows, or use Global with DiagonalNormal, which needs no curvature"
         )
     return value
 

@@ -12,9 +12,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, sample_sites
-from dgm.errors import GuideError
+from dgm.errors import GuideError, OptionError
 from dgm.programs import program_name
-from dgm.sites import DATA_PLATE, Packing, Site, latents, start_values
+from dgm.sites import DATA_PLATE, Packing, Site, latents, require_continuous, start_values
 
 from .full_normal import TriangularNormal
 from .global_ import select
@@ -111,6 +111,7 @@ def global_sites(
 
     Raises:
         GuideError: a latent is local, left out, or there is none.
+        ModelError: a latent is discrete.
     """
     found = latents(model, *batch, plates=plates)
     chosen = select(found, names)
@@ -119,12 +120,24 @@ def global_sites(
             f"latent {site.name!r} is one for each row (plate {site.plate!r}), {guide} works on the joint density of "
             "global latents alone: use Joint with Global and Amortized for this model"
         )
+    for site in found.values():  # enumerated ones too: the joint density would be that of one of their values
+        require_continuous(site)
     left = sorted(set(found) - {site.name for site in chosen})
     if left:
         raise GuideError(f"{guide} leaves out the latent {left[0]!r}; its density is that of all: name them all")
     if not chosen:
         raise GuideError(f"{program_name(model)} has no latent, {guide} has nothing to be a posterior of")
     return chosen
+
+
+def whole(guide: str, name: str, value: Any, least: int = 1) -> None:
+    """An option that counts something.
+
+    Raises:
+        OptionError: not a whole number, or below the least.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{guide}: {name} is {value!r}, expected a whole number of at least {least}")
 
 
 class FixedNormal(nn.Module):

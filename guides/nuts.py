@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -15,7 +13,7 @@ from pyro.infer.mcmc import NUTS as Kernel
 from torch import Tensor
 
 from dgm.distributions import sample_sites
-from dgm.errors import GuideError, OptionError
+from dgm.errors import GuideError, ModelError, OptionError
 from dgm.log_joint import Gradient, LogJoint
 from dgm.pair import all_rows, current_rows
 from dgm.programs import Program, isolated, preserved_rng, program_name, with_home
@@ -23,8 +21,8 @@ from dgm.sites import DATA_PLATE, Packing, latents, start_values, trace_once
 
 from .amortized import DataPlate
 from .global_ import select
-from .mode import Finished
-from .one_of import OneOf
+from .mode import Finished, whole
+from .one_of import OneOf, diagnose
 
 __all__ = ["NUTS"]
 
@@ -46,7 +44,9 @@ class NUTS(Finished):
         draws: of each chain, at least 4. warmup: steps before them, in which step size and metric adapt.
         chains: at least 1; R-hat across two or more sees what one does not.
         target: acceptance probability that the step size is adapted to, in (0, 1).
-        depth: largest depth of a trajectory's tree, 2^depth gradients.
+        depth: largest depth of a trajectory's tree, up to 2^depth gradients. The default keeps a comparison to minutes:
+            1e5 gradients over all rows at most, each a millisecond for a small network. Where `notes` say that many
+            trajectories ended there, a larger one mixes better; Stan and Pyro have 10.
         scale: chains start at the start values plus normal noise of this standard deviation, unconstrained.
         sites: names of the latents to serve; all of the model's.
         init: constrained start values by site name, as in `Global`.
@@ -56,13 +56,15 @@ class NUTS(Finished):
     Attributes:
         samples: (chains * draws, d), the unconstrained draws, chain after chain.
         rhat, ess: (d,), rank-normalised split R-hat and bulk effective sample size of each coordinate.
-        divergences: (), trajectories after warm-up that diverged. notes: the worst of these in words.
+        log_density: (2,), the same two of log p itself, which does not care how the units of a network are numbered.
+        divergences, full: (), trajectories after warm-up that diverged, and the share that reached `depth`.
+        notes: the worst of these in words.
         evaluations: rows whose density `finish` evaluated.
 
     No parameters; a sample costs one look-up.
 
     Raises:
-        OptionError: an argument out of its domain.
+        OptionError: an argument out of its domain. ModelError: a latent is discrete.
         GuideError: a model with trainable parameters, by name; more latents than `limit`; latents left out. In
             `finish`: a start where the density is not finite, or other rows than those given here.
 
@@ -78,7 +80,9 @@ class NUTS(Finished):
     samples: Tensor
     rhat: Tensor
     ess: Tensor
+    log_density: Tensor
     divergences: Tensor
+    full: Tensor
     acceptance: Tensor
 
     def __init__(
@@ -86,10 +90,10 @@ class NUTS(Finished):
         model: Callable[..., Any],
         *batch: Any,
         draws: int = 500,
-        warmup: int = 500,
+        warmup: int = 300,
         chains: int = 2,
         target: float = 0.8,
-        depth: int = 10,
+        depth: int = 6,
         scale: float = 0.5,
         sites: Iterable[str] | None = None,
         init: Mapping[str, Tensor] | None = None,
@@ -97,9 +101,8 @@ class NUTS(Finished):
         plates: Iterable[str] = (DATA_PLATE,),
     ):
         for name, value in (("draws", draws), ("warmup", warmup), ("chains", chains), ("depth", depth)):
-            least = 4 if name == "draws" else 1  # R-hat splits each chain
-            if value < least:
-                raise OptionError(f"NUTS: {name} is {value!r}, expected a whole number of at least {least}")
+            whole("NUTS", name, value, 4 if name == "draws" else 1)  # R-hat splits each chain
+        whole("NUTS", "limit", limit)
         if not 0 < target < 1 or not 0 <= scale < math.inf:
             raise OptionError(f"NUTS: target is {target!r} and scale {scale!r}, expected one in (0, 1) and one >= 0")
         super().__init__()
@@ -107,6 +110,12 @@ class NUTS(Finished):
         self.target, self.depth, self.scale, self.plates = target, depth, scale, tuple(plates)
         refuse_parameters(model, batch)
         found = latents(model, *batch, plates=self.plates)
+        for site in found.values():
+            if site.discrete:
+                raise ModelError(
+                    f"NUTS: latent {site.name!r} is discrete ({site.support_name}), and the sampler follows gradients: "
+                    "sum it out by hand (a mixture distribution), or use Joint, which gives it probabilities"
+                )
         chosen = select(found, sites)
         left = sorted(set(found) - {site.name for site in chosen})
         if left or not chosen:
@@ -128,7 +137,8 @@ class NUTS(Finished):
                 "take Global or Joint, fewer rows, or a larger limit if you have the time"
             )
         self.register_buffer("samples", torch.cat(parts).expand(chains * draws, joint.size).clone())
-        for name, shape in (("rhat", (joint.size,)), ("ess", (joint.size,)), ("divergences", ()), ("acceptance", ())):
+        shapes = {"rhat": (joint.size,), "ess": (joint.size,), "log_density": (2,)}
+        for name, shape in (shapes | {"divergences": (), "full": (), "acceptance": ()}).items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.evaluations = 0
 
@@ -139,8 +149,10 @@ class NUTS(Finished):
         worst, least = self._name(int(self.rhat.nan_to_num(math.inf).argmax())), self._name(int(self.ess.argmin()))
         return [
             f"NUTS: {self.chains} chains of {self.draws} draws, R-hat at most {float(self.rhat.max()):.3f} ({worst}), "
-            f"effective sample size at least {float(self.ess.min()):.0f} ({least}), {int(self.divergences)} "
+            f"effective sample size at least {float(self.ess.min()):.0f} ({least}), of log p itself "
+            f"{float(self.log_density[0]):.3f} and {float(self.log_density[1]):.0f}; {int(self.divergences)} "
             f"divergences, mean acceptance {float(self.acceptance):.2f}"
+            + (f"; {float(self.full):.0%} of the trajectories were cut at depth={self.depth}" if self.full else "")
         ]
 
     def forward(self, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -189,30 +201,37 @@ class NUTS(Finished):
                     raise GuideError(
                         "NUTS: the log density or its gradient is not finite at the start: give start values by init="
                     )
-                kernel, chain = self._chain(lambda z: _Potential.apply(z["u"], counted, data), first)
+                kernel, chain = self._chain(lambda z: _Potential.apply(z["u"], counted, data), first, counted)
                 chains.append(chain)
                 divergences += len(kernel._divergences)
                 accepted += float(kernel._mean_accept_prob) / self.chains
-        drawn = torch.stack(chains)  # (chains, draws, d)
-        self.samples.copy_(drawn.flatten(0, 1))
+        drawn = torch.stack(chains)  # (chains, draws, d + 2): log p and whether the tree was full stand behind u
+        size = len(start)
+        self.samples.copy_(drawn[..., :size].flatten(0, 1))
+        self.full.fill_(float(drawn[..., -1].mean()))
         self.divergences.fill_(divergences)
         self.acceptance.fill_(accepted)
-        rhat, ess = diagnose(drawn)
-        self.rhat.copy_(rhat)
-        self.ess.copy_(ess)
+        rhat, ess = diagnose(drawn[..., : size + 1])
+        self.rhat.copy_(rhat[:size])
+        self.ess.copy_(ess[:size])
+        self.log_density.copy_(torch.stack([rhat[size], ess[size]]))
         rows = next((len(item) for item in data if isinstance(item, Tensor) and item.dim()), 1)
         self.evaluations = counted.calls * rows
         self.mark()
 
-    def _chain(self, potential: Callable[[dict[str, Tensor]], Tensor], first: Tensor) -> tuple[Any, Tensor]:
+    def _chain(self, potential: Any, first: Tensor, counted: _Counted) -> tuple[Any, Tensor]:
+        """The kernel, and its draws `(draws, d + 2)`: u, log p(u), and whether the trajectory was cut at `depth`."""
         kernel = Kernel(potential_fn=potential, target_accept_prob=self.target, max_tree_depth=self.depth)
         kernel.initial_params = {"u": first}
         kernel.setup(self.warmup)
         state, kept = kernel.initial_params, []
         for step in range(self.warmup + self.draws):
+            before = counted.calls
             state = kernel.sample(state)
             if step >= self.warmup:
-                kept.append(state["u"].detach())
+                full = counted.calls - before >= 2**self.depth - 1
+                energy = kernel._fetch_from_cache()[1].detach()
+                kept.append(torch.cat([state["u"].detach(), torch.stack([-energy, torch.full_like(energy, full)])]))
         return kernel, torch.stack(kept)
 
     def _name(self, place: int) -> str:
@@ -263,18 +282,3 @@ class _Potential(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         return -upstream * ctx.saved_tensors[0], None, None
-
-
-def diagnose(drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """R-hat and bulk effective sample size of each coordinate, `(d,)`, of draws `(chains, draws, d)`."""
-    from arviz_stats.base import array_stats  # a second to import, and only here
-
-    values = np.moveaxis(drawn.double().cpu().numpy(), -1, 0)  # (d, chains, draws)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a coordinate that never moved
-        found = [
-            array_stats.rhat(values, chain_axis=1, draw_axis=2),
-            array_stats.ess(values, chain_axis=1, draw_axis=2),
-        ]
-    rhat, ess = (torch.as_tensor(np.asarray(item, dtype=float)) for item in found)
-    return rhat, ess

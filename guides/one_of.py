@@ -1,9 +1,11 @@
-"""One of given values, picked at random: draws of a sampler as a distribution."""
+"""Draws of a sampler: one of them at random as a distribution, and how well they were mixed."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
@@ -43,3 +45,18 @@ class OneOf(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> OneOf:
         return OneOf(self.rows, Size(batch_shape))
+
+
+def diagnose(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """R-hat and bulk effective sample size of each coordinate, `(d,)`, of draws `(chains, draws, d)`."""
+    from arviz_stats.base import array_stats  # a second to import, and only here
+
+    values = np.moveaxis(drawn.double().cpu().numpy(), -1, 0)  # (d, chains, draws)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a coordinate that never moved
+        found = [
+            array_stats.rhat(values, chain_axis=1, draw_axis=2),
+            array_stats.ess(values, chain_axis=1, draw_axis=2),
+        ]
+    rhat, ess = (torch.as_tensor(np.asarray(item, dtype=float)) for item in found)
+    return rhat, ess

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from dgm.curvature import row_gradients
 from dgm.errors import GuideError, OptionError
-from dgm.log_joint import LogJoint
+from dgm.log_joint import Gradient, LogJoint
 from dgm.sites import DATA_PLATE
 
-from .mode import Mode
+from .mode import Mode, whole
 
 __all__ = ["SWAG"]
 
 PROBED = 1000
 """Rows from which the automatic step size is found."""
+
+HALVINGS = 8
+"""Step sizes that are tried where SGD diverges at the automatic one, each half of the one before."""
 
 
 class SWAG(Mode):
@@ -32,7 +35,8 @@ class SWAG(Mode):
     every `every`-th iterate, and becomes the normal density of their moments. How wide it is depends on the step size:
     `lr=None` takes the one for which the stationary distribution of SGD is nearest to the posterior, 2 d B / (N tr C)
     with the covariance C of a row's gradient (Mandt, Hoffman and Blei, "Stochastic Gradient Descent as Approximate
-    Bayesian Inference", 2017), at most 1 / (the largest curvature), above which descent is not stable.
+    Bayesian Inference", 2017), at most 1 / (the largest curvature), above which descent is not stable, and half of it
+    as often as it diverges.
 
     Args:
         model: the model; global continuous latents.
@@ -82,11 +86,15 @@ class SWAG(Mode):
         init: Mapping[str, Tensor] | None = None,
         plates: Iterable[str] = (DATA_PLATE,),
     ):
-        if rank < 2 or collect < rank:
+        whole("SWAG", "rank", rank, 2)
+        whole("SWAG", "collect", collect, 2)
+        if collect < rank:
             raise OptionError(f"SWAG: rank is {rank}, collect {collect}: expected 2 <= rank <= collect")
-        for name, value in (("every", every), ("batch_size", batch_size), ("lr", lr)):
-            if value is not None and not 0 < value < math.inf:
-                raise OptionError(f"SWAG: {name} is {value!r}, expected a positive number or None")
+        for name, value in (("every", every), ("batch_size", batch_size)):
+            if value is not None:
+                whole("SWAG", name, value)
+        if lr is not None and not (isinstance(lr, int | float) and 0 < lr < math.inf):
+            raise OptionError(f"SWAG: lr is {lr!r}, expected a positive number or None")
         super().__init__(model, *batch, sites=sites, init=init, plates=plates)
         self.rank, self.collect, self.every, self.batch_size, self.lr = rank, collect, every, batch_size, lr
         like = self.loc.detach()
@@ -127,9 +135,14 @@ class SWAG(Mode):
             )
         self.evaluations = 0
         lr = self.lr if self.lr is not None else self._rate(joint, start, data, rows, size)
-        draws = self._descend(joint, start, data, rows, size, lr, torch.Generator().manual_seed(seed))
-        if not bool(torch.isfinite(draws).all()):
-            raise GuideError(f"SWAG: SGD at the step size {lr:.3g} diverged from the point: give a smaller lr")
+        slope = joint.traced(start, *_taken(data, torch.arange(size), rows), weight=rows / size)
+        for halving in range(1 if self.lr is not None else HALVINGS):
+            rate = lr / 2**halving  # one batch may curve more than the rows of which the step size was made
+            draws = self._descend(slope, start, data, rows, size, rate, torch.Generator().manual_seed(seed))
+            if bool(torch.isfinite(draws).all()):
+                break
+        else:
+            raise GuideError(f"SWAG: SGD at the step size {rate:.3g} diverged from the point: give a smaller lr")
         mean, variance = draws.mean(0), draws.var(0, correction=0)
         deviations = (draws[-self.rank :] - mean).mT
         floor = torch.finfo(self.loc.dtype).eps * (mean.square() + 1)  # iterates that did not move have no variance
@@ -139,12 +152,12 @@ class SWAG(Mode):
             self.factor.copy_(deviations / math.sqrt(2 * (self.rank - 1)))
             width = self.variance + self.factor.square().sum(1)
             self.moved.fill_(float(((mean - start).square() / width).mean().sqrt()))
-        self.rate.fill_(lr)
+        self.rate.fill_(rate)
         self.mark()
 
     def _descend(
         self,
-        joint: LogJoint,
+        slope: Gradient,
         u: Tensor,
         data: Sequence[Any],
         rows: int,
@@ -152,19 +165,18 @@ class SWAG(Mode):
         lr: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """`(collect, d)`: every `every`-th iterate."""
+        """`(collect, d)`: every `every`-th iterate, or those up to one that is not finite."""
         every = self.every or max(1, rows // size)
-        first = _taken(data, torch.arange(size), rows)
-        slope = joint.traced(u, *first, weight=rows / size)
         kept: list[Tensor] = []
-        steps = self.collect * every
-        for step in range(steps):
+        for step in range(self.collect * every):
             # drawn anew: in reshuffled passes the noise of a pass cancels, and the iterates hardly spread
             index = torch.randint(rows, (size,), generator=generator)
             u = u + (lr / rows) * slope(u, *_taken(data, index, rows))[1]
             if (step + 1) % every == 0:
                 kept.append(u)
-        self.evaluations += steps * size
+                if not bool(torch.isfinite(u).all()):
+                    break
+        self.evaluations += (step + 1) * size
         return torch.stack(kept)
 
     def _rate(self, joint: LogJoint, u: Tensor, data: Sequence[Any], rows: int, size: int) -> float:

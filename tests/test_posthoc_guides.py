@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dgm
 from dgm.curvature import precision, prior_precision, row_gradients
-from dgm.errors import GuideError, OptionError
+from dgm.errors import GuideError, ModelError, OptionError
 from dgm.evaluate import global_khat
 from dgm.guides.diagonal_normal import DiagonalNormal
 from dgm.guides.joint import Joint
@@ -328,6 +328,7 @@ def test_laplace_at_a_point_that_is_no_mode_says_so() -> None:
     guide.finish(double_well, x)
     slope = torch.tensor([3 * 2 * 0.1 * (4 - 0.01) - 0.1 / 100, -3.0 / 100], dtype=torch.float64)
     assert math.isclose(float(guide.gradient_norm), float(slope.norm()), rel_tol=1e-9) and int(guide.negative) == 1
+    assert "this is no mode: train longer" in guide.notes[0]
     assert "gradient norm is 2.39" in guide.notes[0] and "1 directions have negative curvature" in guide.notes[0]
     joint = LogJoint(double_well, [guide.packing])
     prior = prior_precision(joint, guide.loc.detach(), (x,))
@@ -339,6 +340,17 @@ def test_bad_input_is_refused_with_what_would_work() -> None:
     model, batch = network(likelihood=Normal())
     vae, (x,) = linear_vae.example()
     plain, a, b = regression()
+
+    def counts(x: Tensor) -> None:
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(k.to(x.dtype), 1.0), obs=x[:, 0])
+
+    def each(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x[:, 0])
+
     for make, error, message in (
         (lambda: Laplace(model, *batch, structure="block"), OptionError, "expected one of full"),  # type: ignore[arg-type]
         (lambda: Laplace(model, *batch, draws=0), OptionError, "draws is 0"),
@@ -346,7 +358,15 @@ def test_bad_input_is_refused_with_what_would_work() -> None:
         (lambda: Laplace(plain, a, b, structure="last-layer"), GuideError, "take 'full'"),
         (lambda: Laplace(vae, x), GuideError, "latent 'z' is one for each row"),
         (lambda: Laplace(model, *batch, sites=["noise_scale"]), GuideError, "leaves out the latent 'network.0.bias'"),
-        (lambda: SWAG(model, *batch, rank=1), OptionError, "2 <= rank <= collect"),
+        (lambda: SWAG(model, *batch, rank=1), OptionError, "rank is 1, expected a whole number of at least 2"),
+        (lambda: SWAG(model, *batch, rank=5, collect=4), OptionError, "2 <= rank <= collect"),
+        (lambda: SWAG(model, *batch, every=1.5), OptionError, "every is 1.5"),  # type: ignore[arg-type]
+        (lambda: SWAG(model, *batch, lr=math.nan), OptionError, "lr is nan"),
+        (lambda: Laplace(model, *batch, draws=True), OptionError, "draws is True"),
+        (lambda: Laplace(counts, x), ModelError, "latent 'k' is discrete"),
+        (lambda: NUTS(counts, x), ModelError, "'k' is discrete .*mixture distribution"),
+        (lambda: NUTS(each, x), ModelError, "'k' is discrete"),
+        (lambda: NUTS(model, *batch, warmup="10"), OptionError, "warmup is '10'"),  # type: ignore[arg-type]
         (lambda: SWAG(model, *batch, lr=-1.0), OptionError, "lr is -1.0"),
         (lambda: SWAG(model, *batch, batch_size=24).finish(model, *batch), GuideError, "24 of 24 rows"),
         (lambda: LastLayer(plain, a, b), GuideError, "no linear layer"),
@@ -357,6 +377,29 @@ def test_bad_input_is_refused_with_what_would_work() -> None:
     ):
         with pytest.raises(error, match=message):
             make()
+
+
+def test_swag_halves_a_step_size_that_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = regression(200)
+    guide = at_mode(SWAG(model, x, y, rank=2, collect=200), model, x, y)
+    guide.finish(model, x, y)
+    stable = float(guide.rate)
+    monkeypatch.setattr(SWAG, "_rate", lambda *_: 64 * stable)
+    wild = at_mode(SWAG(model, x, y, rank=2, collect=400, every=10), model, x, y)
+    wild.finish(model, x, y)
+    assert float(wild.rate) < 64 * stable and bool(torch.isfinite(wild.density().stddev).all())
+    told = at_mode(SWAG(model, x, y, rank=2, collect=400, every=10, lr=64 * stable), model, x, y)
+    with pytest.raises(GuideError, match="diverged from the point: give a smaller lr"):
+        told.finish(model, x, y)
+
+
+def test_trajectories_that_were_cut_are_told() -> None:
+    model, x, y = regression()
+    short = NUTS(model, x, y, draws=20, warmup=5, depth=1, chains=1)
+    short.finish(model, x, y)
+    assert float(short.full) == 1.0 and "100% of the trajectories were cut at depth=1" in short.notes[0]
+    assert short.log_density.shape == (2,) and float(short.log_density[1]) > 0
+    assert short.evaluations <= 30 * (1 + 2 + 2 * 25 + 40)
 
 
 def test_what_is_not_finite_is_refused() -> None:
