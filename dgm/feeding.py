@@ -126,7 +126,7 @@ class Mapped(Memory):
     """Rows of memory-mapped files that are larger than memory: the next two batches are read while one is trained on.
 
     Arguments, data order and random streams are those of `Memory`, so that a fit is the same from either. Arrays in
-    memory may stand beside mapped ones.
+    memory may stand beside mapped ones. `everything` reads all rows into memory: guides with a `finish` need them.
     """
 
     def all_rows(self) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .bounds import importance_bound
 from .pair import Minibatch, NotReparameterised, Pair
+from .posthoc import has_density
 from .programs import Program, StartValues, bound, evaluating, isolated, preserved_rng, program_name, with_home
 from .sites import DATA_PLATE, Latents, Site, latents, trace_once
 from .svi import SVI
@@ -285,7 +286,9 @@ def _log_weight_laws(
         got = tuple(part.shape)
         require(got == shape, f"{name}: the {label} log weights have shape {got}, expected {shape}")
         require(part.isfinite().all(), f"{name}: a {label} log weight is not finite")
-    if log_evidence is None or LogWeightSampler(model, guide, *batch, plates=plates).runs.deterministic:
+    if log_evidence is None or not has_density(guide):
+        return
+    if LogWeightSampler(model, guide, *batch, plates=plates).runs.deterministic:
         return  # a point has no density, and its objective is no bound
     weights = terms.total[:, None] if terms.has_global else terms.local
     exact = log_evidence.detach().reshape(-1)
