@@ -149,7 +149,7 @@ def cell(target: Target, name: str, guide: Callable[..., Any], seeds: int, steps
     began, loss = time.perf_counter(), None if name in ATTACHED else dgm.ELBO(4)
     try:
         fits = dgm.fit(
-            target.make, guide, *target.batch, steps=steps, lr=0.03, clip=100.0, replicas=seeds, loss=loss, compile="trace",
+            target.make, guide, *target.batch, steps=steps, lr=0.05, clip=100.0, replicas=seeds, loss=loss, compile="trace",
             schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
         )  # fmt: skip
     except Exception as error:  # a guide that cannot attach is a row that says so
@@ -220,7 +220,7 @@ def checks(table: pd.DataFrame) -> dict[str, bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--guides", default=None, help="names, comma-separated; default all")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
