@@ -17,6 +17,7 @@ from .evaluate import evaluate
 from .files import Dataset
 from .fit import Fit, Interrupted, checked_seed, fit
 from .pace import Compile
+from .posthoc import notes_of
 from .programs import program_name
 from .resolve import DATA_ENDINGS, is_file
 from .store_run import RECIPE, Run, load_run, save_run
@@ -49,6 +50,8 @@ def run_train(
     if len(last):
         print(last.dropna(axis=1).to_string(index=False, float_format="{:.6g}".format))
     print(f"steps: {result.steps}    ran: {result.engine}")
+    for note in notes_of(result.guide):
+        print(f"note: {note}")
     print(f"run: {folder}    stopped: {result.stopped}")
     return code
 

@@ -27,6 +27,8 @@ from .sites import DATA_PLATE
 from .stopping import NoisyPlateau
 from .svi import SVI
 
+HISTORY = "epoch step evaluations elbo kl_weight lr valid_elbo valid_se seconds".split()
+
 
 @dataclass
 class Fit:
@@ -354,7 +356,7 @@ class Run:
         return Fit(
             self.svi.model,
             self.svi.guide,
-            pd.DataFrame(self.rows),
+            pd.DataFrame(self.rows, columns=HISTORY),
             self.svi.steps,
             self.evaluations,
             self.seconds,

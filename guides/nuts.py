@@ -148,7 +148,8 @@ class NUTS(Finished):
             return []
         worst, least = self._name(int(self.rhat.nan_to_num(math.inf).argmax())), self._name(int(self.ess.argmin()))
         return [
-            f"NUTS: {self.chains} chains of {self.draws} draws, R-hat at most {float(self.rhat.max()):.3f} ({worst}), "
+            f"NUTS: {self.chains} chain{'s' * (self.chains > 1)} of {self.draws} draws, R-hat at most "
+            f"{float(self.rhat.max()):.3f} ({worst}), "
             f"effective sample size at least {float(self.ess.min()):.0f} ({least}), of log p itself "
             f"{float(self.log_density[0]):.3f} and {float(self.log_density[1]):.0f}; {int(self.divergences)} "
             f"divergences, mean acceptance {float(self.acceptance):.2f}"

@@ -277,6 +277,19 @@ def test_train_evaluate_sample(here: Path) -> None:
     assert "use that version or newer" in refused("evaluate", "run")
 
 
+def test_a_run_without_steps_is_written_and_taken_up(here: Path) -> None:
+    Path("short.py").write_text(
+        "from functools import partial\nfrom dgm.guides.nuts import NUTS\n"
+        "sampled = partial(NUTS, draws=8, warmup=4, depth=2, chains=1)\n"
+    )
+    own = ("--guide", "short.py:sampled")
+    output = run("train", "--model", "bayesian-linear-regression", "--data", "gap", *own, "--out", "run")
+    assert "steps: 0" in output and "note: NUTS: 1 chain of 8 draws" in output
+    assert "note: NUTS: 1 chain of 8 draws" in run("evaluate", "run", *own, "--samples", 100)
+    run("sample", "run", *own, "--n", 2)
+    assert len(pd.read_csv("run/samples.csv")) == 200
+
+
 def test_a_training_cut_short_is_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("train", "--model", "bnn", "--data", "gap", "--guide", "laplace", "--epochs", 2)
     for name, error, code, told in (
