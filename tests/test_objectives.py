@@ -392,13 +392,15 @@ def test_a_correlated_normal_over_one_latent_has_a_closed_form() -> None:
         torch.set_default_dtype(torch.float64)
         guide = Joint(model, x, family=FullNormal, encoder=mlp(8))
         torch.set_default_dtype(torch.float32)
-    with torch.no_grad():
-        for p in guide.parameters():
-            p.add_(0.2 * torch.randn_like(p))
+        with torch.no_grad():
+            for p in guide.parameters():
+                p.add_(0.2 * torch.randn_like(p))
     sampled, analytic = (gradients(Pair(model, guide, dgm.ELBO(kl=k)), (x,), 2000, {}) for k in ("sampled", "analytic"))  # type: ignore[arg-type]
     for name, estimates in sampled[0].items():
         assert worst_z(estimates - analytic[0][name], torch.zeros_like(estimates[0])) < SIGMAS, name
-    assert float(analytic[1].std()) < float(sampled[1].std())
+    apart = sampled[1] - analytic[1]  # of the same draws: no law says which of the two varies less
+    assert float(apart.std()) > 1e-3
+    assert worst_z(apart, torch.zeros(())) < SIGMAS
 
 
 # --- modes, replicas, stock Pyro -------------------------------------------------------------------------------------
