@@ -145,8 +145,8 @@ def guides() -> dict[str, Callable[..., Any]]:
 
 
 def cell(target: Target, name: str, guide: Callable[..., Any], seeds: int, steps: int) -> list[dict[str, Any]]:
-    """One family on one target, all seeds at once; families by four draws a step, others by what they ask for."""
-    began, loss = time.perf_counter(), None if name in ATTACHED else dgm.ELBO(4)
+    """One family on one target, all seeds at once; families by sixteen draws a step, others by what they ask for."""
+    began, loss = time.perf_counter(), None if name in ATTACHED else dgm.ELBO(16)
     try:
         fits = dgm.fit(
             target.make, guide, *target.batch, steps=steps, lr=0.05, clip=100.0, replicas=seeds, loss=loss, compile="trace",
