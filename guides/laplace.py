@@ -129,7 +129,7 @@ class Laplace(Mode):
     @property
     def notes(self) -> list[str]:
         if not self.done:
-            return []
+            return self.unfinished()
         return [
             f"Laplace ({self.structure}): at the point the gradient norm is {float(self.gradient_norm):.3g}, the mode "
             f"{float(self.newton_step):.2g} posterior standard deviations away by one Newton step, and "

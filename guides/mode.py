@@ -37,6 +37,10 @@ class Finished(PyroModule):
         self.register_buffer("finished", torch.zeros((), dtype=torch.bool))
         self.done = False  # the buffer as a Python value: a forward pass must not look into a tensor
 
+    def unfinished(self) -> list[str]:
+        """The note of a guide whose posterior was never made."""
+        return [f"{type(self).__name__}: not finished, it is still a point: let dgm.fit run to its end"]
+
     def mark(self) -> None:
         """The posterior is made."""
         self.finished.fill_(True)

@@ -145,7 +145,7 @@ class NUTS(Finished):
     @property
     def notes(self) -> list[str]:
         if not self.done:
-            return []
+            return self.unfinished()
         worst, least = self._name(int(self.rhat.nan_to_num(math.inf).argmax())), self._name(int(self.ess.argmin()))
         return [
             f"NUTS: {self.chains} chain{'s' * (self.chains > 1)} of {self.draws} draws, R-hat at most "

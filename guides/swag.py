@@ -107,7 +107,7 @@ class SWAG(Mode):
     @property
     def notes(self) -> list[str]:
         if not self.done:
-            return []
+            return self.unfinished()
         return [
             f"SWAG: {self.collect} iterates of SGD at step size {float(self.rate):.3g}; their mean is "
             f"{float(self.moved):.2g} of its standard deviations (root mean square) from the point of training"
