@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .noise import NoiseExhausted, Recorded
 from .pair import NotReparameterised, Pair
+from .simplify import simplified
 
 REFUSALS = (RuntimeError, NotImplementedError, NoiseExhausted, NotReparameterised, TypeError, ValueError, KeyError)
 """What a trace raises where a program cannot be a graph."""
@@ -99,7 +100,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         raise Untraceable(one_line(error)) from error
     module.graph.eliminate_dead_code()  # before it is held against the program: what runs is what was verified
     module.recompile()
-    return module
+    return simplified(module)
 
 
 class Graph:
