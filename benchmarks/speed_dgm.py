@@ -9,6 +9,7 @@ from torch import Tensor
 
 import dgm
 from dgm.errors import TrainingError
+from dgm.feeding import taken
 from dgm.optim import adam
 
 from .speed_cases import LR, Case
@@ -33,7 +34,7 @@ def single(case: Case, mode: Any) -> Train:
     def train(block: Tensor) -> float:
         value = 0.0
         for index in block:
-            value = svi.step(*(t[index] for t in data))
+            value = svi.step(*(taken(t, index) for t in data))  # as `dgm.fit` takes rows
         _check_mode(svi, mode)
         return value
 

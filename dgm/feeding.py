@@ -28,12 +28,15 @@ from .errors import DataError, OptionError
 from .mapped import MappedArray
 from .programs import Program
 from .sites import DATA_PLATE, latents
+from .threads import one_thread
 
 Batch = tuple[Tensor, ...]
 Transform = Callable[[Batch, torch.Generator], Batch]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+ALONE = 2**20
+"""Numbers of a batch that one thread takes in less than a millisecond."""
 PATIENCE = 2.0
 """Seconds to wait for a reading thread at the end: a read that hangs (a network drive) must not hang Ctrl-C too."""
 
@@ -98,7 +101,7 @@ class Memory:
     def epoch(self) -> Iterator[tuple[Batch, Tensor | None]]:
         """The batches of the next epoch, each with the numbers of its rows."""
         for index in self.order():
-            batch = self._all if self.whole else tuple(t[self.numbers(index)] for t in self.tensors)
+            batch = self._all if self.whole else tuple(taken(t, self.numbers(index)) for t in self.tensors)
             yield (batch if self.transform is None else self.transform(batch, self.noise)), index
 
     def numbers(self, index: Tensor) -> Tensor:
@@ -184,6 +187,18 @@ class Loaded:
     def everything(self, seed: int) -> Batch:
         """All rows that one pass of the loader gives, in memory: what a guide's `finish` is given."""
         return tuple(torch.cat(parts) for parts in zip(*(batch for batch, _ in self.epoch()), strict=True))
+
+
+def taken(t: Tensor, rows: Tensor) -> Tensor:
+    """`t[rows]`; for a small batch without torch's other threads, which would spin through the step that follows.
+
+    >>> taken(torch.arange(6.0), torch.tensor([4, 1]))
+    tensor([4., 1.])
+    """
+    if len(rows) * t[0].numel() > ALONE:
+        return t.index_select(0, rows)
+    with one_thread():
+        return t.index_select(0, rows)
 
 
 def moved(t: Tensor, device: torch.device | str | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .graph import Untraceable, one_line, trace
 from .rules import Rule
+from .threads import fewest_threads
 
 log = logging.getLogger("dgm")
 
@@ -131,7 +132,7 @@ def compile_step(step: Step, inputs: Sequence[Tensor], watched: Sequence[int] = 
         return compiled(*given, *constants)
 
     _verify(step, run, inputs, watched)
-    return run
+    return fewest_threads(run, inputs)
 
 
 def _verify(step: Step, compiled: Step, inputs: Sequence[Tensor], watched: Sequence[int]) -> None:
