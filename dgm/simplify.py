@@ -77,7 +77,7 @@ def simplified(module: fx.GraphModule) -> fx.GraphModule:
     5
     """
     graph = module.graph
-    _drop_unread_fills(graph)
+    _drop_fresh(graph)
     if any(_mutates(node) or node.target in _LAYOUT for node in graph.nodes):
         return module
     _Pass(graph).run()
@@ -304,14 +304,18 @@ def _own_outputs(graph: fx.Graph, output: Node) -> None:
     output.args = (type(output.args[0])(results),) if isinstance(output.args[0], (tuple, list)) else (results[0],)
 
 
-def _drop_unread_fills(graph: fx.Graph) -> None:
-    """`empty().fill_()` that nobody reads: torch's distributions allocate where noise from outside goes in."""
+def _drop_fresh(graph: fx.Graph) -> None:
+    """`empty().fill_()` that nobody reads, and `empty().copy_(noise)`: how torch's distributions met their noise."""
     for node in reversed(list(graph.nodes)):
-        if not _mutates(node) or node.users:
+        target: Node = node.args[0] if _mutates(node) else None
+        if not _is_node(target) or set(target.users) != {node}:
             continue
-        target = node.args[0]
-        fresh = _is_node(target) and target.target in (aten.empty.memory_format, aten.new_empty.default)
-        if fresh and set(target.users) == {node}:
+        if target.target not in (aten.empty.memory_format, aten.new_empty.default):
+            continue
+        if node.target is aten.copy_.default and _alike(node.args[1], node):
+            source: Node = node.args[1]
+            node.replace_all_uses_with(source)
+        if not node.users:
             graph.erase_node(node)
             graph.erase_node(target)
 

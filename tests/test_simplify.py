@@ -98,9 +98,14 @@ def test_graphs_that_change_or_look_at_memory_are_left_as_they_are(function: Cal
 
 
 def test_what_distributions_allocate_for_their_noise_is_not_allocated() -> None:
-    def function(x: Tensor) -> Tensor:
+    def function(x: Tensor, eps: Tensor) -> Tensor:
         torch.empty(3).fill_(torch.nan)
-        return x.exp() * 1.0
+        return x.exp() * 1.0 + torch.empty(3).copy_(eps)
 
-    module = simplified(make_fx(function)(ROW))
-    assert "empty" not in module.code and torch.equal(module.forward(ROW), ROW.exp())
+    module = simplified(make_fx(function)(ROW, 2 * ROW))
+    assert "empty" not in module.code and torch.equal(module.forward(ROW, 2 * ROW), ROW.exp() + 2 * ROW)
+
+
+def test_a_copy_that_changes_the_type_is_left() -> None:
+    module = simplified(make_fx(lambda x, eps: x * torch.empty(3).copy_(eps))(ROW, ROW.double()))
+    assert "copy_" in module.code and torch.equal(module.forward(ROW, ROW.double()), ROW * ROW)
