@@ -149,8 +149,8 @@ def cell(target: Target, name: str, guide: Callable[..., Any], seeds: int, steps
     began, loss = time.perf_counter(), None if name in ATTACHED else dgm.ELBO(16)
     try:
         fits = dgm.fit(
-            target.make, guide, *target.batch, steps=steps, lr=0.05, clip=100.0, replicas=seeds, loss=loss, compile="trace",
-            schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
+            target.make, guide, *target.batch, steps=steps, lr=0.05, clip=100.0, replicas=seeds, loss=loss,
+            compile="trace", schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
         )  # fmt: skip
     except Exception as error:  # a guide that cannot attach is a row that says so
         return [{"target": target.name, "guide": name, "status": f"{type(error).__name__}: {error}"}]

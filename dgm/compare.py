@@ -148,6 +148,7 @@ def compare(
     work = [(name, guide, part) for part in parts for name, guide in guides.items()]
     rates: dict[str, tuple[float, int]] = {name: (lr, 0) for name in guides}
     started, cells, interrupted = time.perf_counter(), [], False
+    about = provenance()  # of the start: the files may change while this runs
     try:
         if settings.search:
             tasks = [joblib.delayed(search)(make, guide, chosen[0], train, settings) for guide in guides.values()]
@@ -165,7 +166,7 @@ def compare(
         interrupted = True
         if not cells:
             raise
-    meta = _meta(make, info, train, held_out, chosen, settings, supervised, title, jobs)
+    meta = _meta(make, info, train, held_out, chosen, settings, supervised, title, jobs, about)
     meta.update(interrupted=interrupted, elapsed_seconds=time.perf_counter() - started)
     return _collect(cells, list(guides), meta, num_samples)
 
@@ -251,6 +252,7 @@ def _meta(
     supervised: bool,
     title: str | None,
     jobs: int,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     with preserved_rng(seeds[0]):
         model = make()
@@ -284,5 +286,5 @@ def _meta(
         "protocol": notes,
         "jobs": jobs,
         "k_threshold": round(k_threshold(min(settings.num_samples, 1000)), 3),
-        **provenance(),
+        **about,
     } | ({"threads": f"1 in each of {jobs} workers"} if jobs > 1 else {})
