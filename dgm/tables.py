@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from .style import count, limit, share, shorten
 
+FEW = 5  # ties that the verdict names
 WIDTH = 40  # of a guide's name in the text table, in characters
 
 
@@ -276,7 +277,11 @@ def verdict(table: pd.DataFrame, meta: Mapping[str, Any]) -> Markup:
     tied = [i for i in range(1, len(done)) if tie[i]]
     behind = [i for i in range(1, len(done)) if not tie[i]]
     out = names[0] + " is best"
-    if tied:
+    if len(tied) > FEW:  # a list would be no sentence; the table has them
+        out += f"; {len(tied)} others tie with it" + Markup(" (differences up to {}&nbsp;nats)").format(
+            Markup(texts[tied[-1]])
+        )
+    elif tied:
         verb = "ties" if len(tied) == 1 else "tie"
         noun = "difference" if len(tied) == 1 else "differences"
         gap = Markup(" ({} {}&nbsp;nats)").format(noun, _join([Markup(texts[i]) for i in tied]))

@@ -144,6 +144,14 @@ def test_verdict(names: tuple[str, ...], sentence: str) -> None:
     assert " ".join(verdict(comparison(names).table, {}).striptags().split()) == sentence
 
 
+def test_verdict_counts_ties_that_are_many() -> None:
+    names = ["best", *(f"g{i}" for i in range(7))]
+    gaps = [0.0, *(-0.01 * i for i in range(1, 8))]
+    frame = pd.DataFrame({"bound": gaps, "difference": gaps, "difference_se": [0.0] + [0.1] * 7, "tie": True}, names)
+    said = " ".join(verdict(frame, {}).striptags().split())
+    assert said == "best is best; 7 others tie with it (differences up to 0.1 ± 0.1 nats)."
+
+
 def test_verdict_without_ties_several_ties_and_nothing_finished() -> None:
     table = comparison().table
 
