@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from .feeding import Transform, _sources
 from .pace import Compile
-from .programs import Program, owner, preserved_rng
+from .programs import Program, preserved_rng
 from .schedules import KLSchedule
-from .training import Fit, Interrupted, Options, Plan, checked_seed, move
+from .training import Fit, Interrupted, Options, Plan, checked_seed, floating_type, move
 
 
 @overload
@@ -80,7 +80,8 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
         patience: stop by `NoisyPlateau(patience)` on the held-out bound, and keep the best validated parameters.
         seed: of the noise and of the data order; the random stream outside is left as it was.
         device, dtype: where, and in which floating type, to train; default as the programs are: data are converted to
-            the type of the model's parameters, else the guide's (for replicas: to torch's default type).
+            the type of the model's parameters, else the guide's (replicas, whose guides are not made yet: else the
+            data's own, where they are tensors).
         progress: show a progress bar.
         transform: `(batch, generator) -> batch`, applied to every training batch (stochastic binarization).
         sizes: rows of the full data for each data plate; default the number of rows for the plate "data".
@@ -123,17 +124,11 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
         return fit_replicas(model, guide, data, replicas, options)
     plan = options.plan(options.seed, options.kl_weight)
     move(model, guide, device=device, dtype=dtype)
-    seen = dtype if dtype is not None else _floating_type(model, guide)
+    seen = dtype if dtype is not None else floating_type(model, guide)
     source, held_out = _sources(data, validation, batch_size, plan.seed, transform, device, seen)
     run = options.run(model, guide, source, held_out, plan, lr)
     with preserved_rng(plan.seed), tqdm(total=plan.total(source.steps), disable=not progress, unit="step") as bar:
         return run.go(schedule, bar)
-
-
-def _floating_type(*programs: Program) -> torch.dtype | None:
-    """That of the first parameter of the programs, in their order; None where there is none yet."""
-    homes = [home for home in map(owner, programs) if home is not None]
-    return next((p.dtype for home in homes for p in home.parameters() if p.is_floating_point()), None)
 
 
 __all__ = ["Fit", "Interrupted", "Options", "Plan", "checked_seed", "fit"]

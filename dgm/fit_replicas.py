@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .memory import SHARE, available, is_out_of_memory, step_bytes
 from .programs import preserved_rng
 from .replicas import Replicas
 from .starting import maker, start_pair
-from .training import Fit, Interrupted, Options, Run, checked_seed, move
+from .training import Fit, Interrupted, Options, Run, checked_seed, floating_type, move
 
 log = logging.getLogger("dgm")
 
@@ -141,6 +142,8 @@ def fit_replicas(
 ) -> list[Fit]:
     """See `dgm.fit`."""
     table = Table(replicas, options.seed, options.lr, options.kl_weight)
+    if options.dtype is None:
+        options = replace(options, dtype=_floating_type(model, guide, table, data))
     tensors = as_tensors(data[0] if len(data) == 1 else tuple(data), device=options.device, dtype=options.dtype)
     starts = Starts(model, guide, table, tensors, options)
     groups: dict[int, list[int]] = {}
@@ -171,6 +174,20 @@ def fit_replicas(
             done.update(part)
             bar.update(len(part))
     return [done[k] for k in range(table.count)]
+
+
+def _floating_type(model: Any, guide: Any, table: Table, data: Sequence[Any]) -> torch.dtype | None:
+    """That of the first replica's programs, as a single run has it; without parameters that of the data's tensors."""
+    if isinstance(model, (list, tuple)) or isinstance(guide, (list, tuple)):
+        lists = [part for part in (model, guide) if isinstance(part, (list, tuple))]
+        found = floating_type(*(program for part in lists for program in part[:1]))
+    elif isinstance(model, nn.Module):
+        found = floating_type(model)
+    else:
+        with preserved_rng(table.seeds[0]):
+            found = floating_type((model if table.options[0] else maker(model))(**table.options[0]))
+    flat = data[0] if len(data) == 1 and isinstance(data[0], (tuple, list)) else data
+    return found or next((t.dtype for t in flat if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
 def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict[int, Fit]:

@@ -390,3 +390,9 @@ def move(*programs: Program, device: Any = None, dtype: Any = None) -> None:
         module = owner(program)
         if module is not None and (device is not None or dtype is not None):
             nn.Module.to(module, device=device, dtype=dtype)
+
+
+def floating_type(*programs: Program) -> torch.dtype | None:
+    """That of the first parameter of the programs, in their order; None where there is none yet."""
+    homes = [home for home in map(owner, programs) if home is not None]
+    return next((p.dtype for home in homes for p in home.parameters() if p.is_floating_point()), None)
