@@ -35,6 +35,8 @@ def provenance() -> dict[str, str]:
 
 
 def _command() -> str:
+    if sys.argv and sys.argv[0].startswith("python -m "):  # `dgm.benchmarks` gives its suites their own words
+        return shlex.join([*sys.argv[0].split(), *sys.argv[1:]])
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name not in ("__main__", "pytest.__main__"):
         return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
