@@ -458,7 +458,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: HamiltonianAnnealing(mixed, X, sites=["z", "r"])(X), GuideError, "latent 's'.*has no value.*Joint"),
     (lambda: TopDown(shared_scale, X, sites=["z"])(X), GuideError, "latent 's'.*has no value.*Joint"),
     (lambda: SemiAmortized(parametric, X, steps=0), OptionError, "steps must be at least 1, got 0"),
-    (lambda: SemiAmortized(parametric, X, step_size=-1.0), OptionError, "step_size must be positive and finite, got -1.0"),
+    (
+        lambda: SemiAmortized(parametric, X, step_size=-1.0),
+        OptionError,
+        "step_size must be positive and finite, got -1.0",
+    ),
     (lambda: HamiltonianAnnealing(parametric, X, steps=0), OptionError, "steps must be at least 1, got 0"),
     (lambda: HamiltonianAnnealing(parametric, X, damping=1.0), OptionError, "damping is 1.0"),
     (lambda: Auxiliary(parametric, X, features_aux=0), OptionError, "features_aux must be at least 1, got 0"),
