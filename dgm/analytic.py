@@ -89,7 +89,7 @@ def _packed(found: ClosedForm, name: str, node: Any, packing: Packing, model: po
     latents = [block.site.name for block in packing.blocks]
     if isinstance(density, td.Independent) and isinstance(density.base_dist, td.Normal):
         mean, scale, u = density.base_dist.loc, density.base_dist.scale, node["value"]
-        means, scales, values = (_parts(packing, t) for t in (mean.expand_as(u), scale.expand_as(u), u))
+        means, scales, values = (packing.parts(t) for t in (mean.expand_as(u), scale.expand_as(u), u))
         for block in packing.blocks:
             site = block.site.name
             prior: Any = model.nodes[site]
@@ -112,13 +112,6 @@ def _packed(found: ClosedForm, name: str, node: Any, packing: Packing, model: po
     found.sampled.extend(latents)
 
 
-def _parts(packing: Packing, u: Tensor) -> dict[str, Tensor]:
-    """A packed vector cut and shaped as the sites' unconstrained values."""
-    from .sites import _spread
-
-    return {b.site.name: _spread(u[..., b.start : b.stop], b.rest, b.unconstrained_event) for b in packing.blocks}
-
-
 def _gaussian(found: ClosedForm, site: str, density: Any, packing: Packing, node: Any, model: poutine.Trace) -> bool:
     """A correlated normal over one real latent with independent normal priors: -H(q) - E_q[log p]."""
     if packing.blocks[0].site.support_name != "real" or model.nodes[site]["mask"] is not None:
@@ -134,8 +127,8 @@ def _gaussian(found: ClosedForm, site: str, density: Any, packing: Packing, node
     d = u.shape[-1]
     half = 0.5 * d * (1 + torch.log(torch.tensor(2 * torch.pi, dtype=u.dtype, device=u.device)))
     entropy = density.entropy() if log_det is None else log_det.sum(-1) + half
-    mean = _parts(packing, density.mean.expand_as(u))[site]
-    variance = _parts(packing, density.variance.expand_as(u))[site]
+    mean = packing.parts(density.mean.expand_as(u))[site]
+    variance = packing.parts(density.variance.expand_as(u))[site]
     cross = prior.log_prob(mean) - 0.5 * variance / prior.scale.square()
     event = packing.blocks[0].site.event_dim
     cross = cross.reshape(*cross.shape[: cross.dim() - event], -1).sum(-1) if event else cross

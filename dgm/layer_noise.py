@@ -68,9 +68,7 @@ class _Normals(Messenger):
             if packing is None:
                 self._remember(msg["name"], value, loc, scale)
             else:
-                from .analytic import _parts
-
-                locs, scales = _parts(packing, loc), _parts(packing, scale)
+                locs, scales = packing.parts(loc), packing.parts(scale)
                 self.packed.update({n: (locs[n], scales[n]) for n in locs if _is_real(packing, n)})
         elif msg["name"] in self.packed:
             self._remember(msg["name"], value, *self.packed.pop(msg["name"]))

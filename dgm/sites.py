@@ -311,14 +311,17 @@ class Packing(nn.Module):
         """
         values: dict[str, Tensor] = {}
         log_jacobian: dict[str, Tensor] = {}
-        for block in self.blocks:
-            raw = _spread(u[..., block.start : block.stop], block.rest, block.unconstrained_event)
+        for block, raw in zip(self.blocks, self.parts(u).values(), strict=True):
             transform = block.transform
             value = transform(raw)
             values[block.site.name] = value
             batch_dim = value.dim() - block.site.event_dim
             log_jacobian[block.site.name] = _sum_to(transform.log_abs_det_jacobian(raw, value), batch_dim)
         return values, log_jacobian
+
+    def parts(self, u: Tensor) -> dict[str, Tensor]:
+        """A packed vector cut and shaped as the sites' unconstrained values, by name."""
+        return {b.site.name: _spread(u[..., b.start : b.stop], b.rest, b.unconstrained_event) for b in self.blocks}
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """The packed vector of constrained values: the inverse of `unpack`, with ones where inner plates stood."""

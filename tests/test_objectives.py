@@ -364,8 +364,6 @@ def test_gradient_of_weights(name: str) -> None:
 
 
 def test_local_noise_has_less_variance() -> None:
-    spread = {n: regression_gradients(LAYERS[n], 1000)[0]["guide.family.loc.bias"].std() for n in ("analytic", "local")}
-    assert spread["local"] < spread["analytic"] * 1.5  # two particles and a sampled KL against one and an exact one
     one, many = (regression_gradients(dgm.ELBO(layer_noise=kind), 1000)[0] for kind in ("shared", "local"))  # type: ignore[arg-type]
     assert float(many["guide.family.loc.bias"].std()) < 0.8 * float(one["guide.family.loc.bias"].std())
 
