@@ -162,7 +162,7 @@ class Pushforward(TorchDistribution):
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Pushforward:
         # the parameters broadcast against the noise, so that only the shape of the noise changes
-        new = self._get_checked_instance(Pushforward, _instance)
+        new: Pushforward = self.__new__(type(self)) if _instance is None else _instance
         new.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_drawn"})
         new._drawn, new._batch_shape = None, torch.Size(batch_shape)
         return new

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .family import LocationScale, Pushforward, Shape
+from .family import LocationScale, Pushforward
 from .heads import Head
 
 __all__ = ["FullNormal"]
@@ -92,9 +91,6 @@ class TriangularNormal(Pushforward):
     def __init__(self, loc: Tensor, log_scale: Tensor, lower: Tensor) -> None:
         self.log_scale, self.lower = log_scale, lower
         super().__init__(partial(_push, loc, log_scale, lower), partial(_pull, loc, log_scale, lower), loc)
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Pushforward:
-        return super().expand(batch_shape, self.__new__(type(self)) if _instance is None else _instance)
 
     @property
     def mean(self) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from dgm.errors import OptionError
 
 from .domains import check_scale, check_size
-from .family import Family, Pushforward, Shape
+from .family import Family, Pushforward
 from .heads import Head
 
 __all__ = ["MatrixNormal"]
@@ -152,9 +151,6 @@ class KroneckerNormal(Pushforward):
     def __init__(self, loc: Tensor, rows: Side, columns: Side) -> None:
         self.rows, self.columns = rows, columns
         super().__init__(partial(_push, loc, rows, columns), partial(_pull, loc, rows, columns), loc)
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Pushforward:
-        return super().expand(batch_shape, self.__new__(type(self)) if _instance is None else _instance)
 
     @property
     def mean(self) -> Tensor:
