@@ -1,4 +1,4 @@
-"""An estimate of log p(x) for each datum: which side it errs to, and how far, by chance of the draws and of the data."""
+"""An estimate of log p(x) for each datum: which side it errs to, and how far, by chance of draws and of data."""
 
 from __future__ import annotations
 
