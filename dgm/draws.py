@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .errors import GuideError, OptionError
-from .evaluate import predict
+from .predictive import predict
 from .files import Dataset
 from .metrics import CategoricalPrediction
 from .pair import Pair

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -17,6 +17,9 @@ from .errors import DataError, OptionError
 __all__ = ["Estimate"]
 
 Side = Literal["lower", "upper"]
+
+GROUPS = 20
+"""Groups of draws whose means tell the Monte Carlo error where all data share their draws."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,8 @@ class Estimate:
         values: nats, shape (N,). errors: Monte Carlo standard errors, nats, (N,). ess: effective draws, (N,).
         draws: K for each datum.
         details: what else a reader must know, by name, e.g. {"acceptance": 0.7}.
+        shared: Monte Carlo standard error of the mean where data share their draws (those of global latents), so that
+            their errors do not average out.
 
     >>> estimate = Estimate.of(torch.zeros(10, 3), "importance bound")
     >>> estimate.mean, estimate.mc_se, estimate.ess.tolist()
@@ -51,6 +56,7 @@ class Estimate:
     ess: Tensor
     draws: int
     details: dict[str, float] = field(default_factory=dict)
+    shared: float | None = None
 
     def __post_init__(self) -> None:
         if self.side not in ("lower", "upper"):
@@ -103,6 +109,8 @@ class Estimate:
     @property
     def mc_se(self) -> float:
         """Standard error of the mean for *these* data, by the chance of the draws alone."""
+        if self.shared is not None:
+            return self.shared
         return (self.errors.square().sum().sqrt() / len(self.errors)).item()
 
     @property
@@ -127,9 +135,19 @@ class Estimate:
 
     def _freedom(self) -> float:
         """Degrees of freedom of a sum of N estimated variances with K - 1 each (Satterthwaite, 1946)."""
+        if self.shared is not None:
+            return GROUPS - 1
         variances = self.errors.square()
         total = variances.sum()
         return float((self.draws - 1) * total**2 / variances.square().sum()) if total > 0 else math.inf
+
+    def replace(self, **fields: Any) -> Estimate:
+        """The same estimate with other fields."""
+        return replace(self, **fields)
+
+    def rows(self, which: Tensor) -> Estimate:
+        """The estimate of some of the data."""
+        return replace(self, values=self.values[which], errors=self.errors[which], ess=self.ess[which])
 
     def frame(self) -> pd.DataFrame:
         """One row for each datum: value, error, ess."""

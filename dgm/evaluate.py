@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from .bounds import LogWeightSummary, mean_and_standard_error
 from .checks import check_observed
 from .data import as_tensors
-from .errors import OptionError
+from .errors import ModelError, OptionError
+from .estimate import GROUPS, Estimate
+from .evaluation import Evaluation, digest, digests
 from .heldout import row_chunks
-from .metrics import CategoricalPrediction, GaussianPrediction
-from .pair import Pair, chunk_of
+from .pair import chunk_of
 from .posthoc import has_density, notes_of
-from .programs import Program, preserved_rng
-from .psis import k_threshold, pareto_k
-from .runs import Graphs, Runs
-from .sites import DATA_PLATE
+from .predictive import predict, scores_of
+from .programs import Program, preserved_rng, program_name
+from .psis import SMALLEST_SAMPLE, k_threshold, pareto_k
+from .runs import Graphs
+from .sites import DATA_PLATE, Latents
 from .weights import LogWeightSampler
 
 KHAT_SAMPLES = 1000
@@ -32,31 +33,8 @@ KHAT_SAMPLES = 1000
 PREDICTIVE_VALUES = 2**24
 """Rows times draws of which predictive scores are made, at most, beyond `KHAT_SAMPLES` draws: they are all kept."""
 
-
-@dataclass
-class Evaluation:
-    """What `evaluate` found.
-
-    Attributes:
-        per_datum: one row for each datum: bound, elbo (nats), ess, khat; NaN where a guide has no density.
-        summary: the means with their standard errors, shares and predictive metrics, by name.
-        k_threshold: k-hat above it is not to be trusted at this number of samples.
-        kind: what `bound` is: "log p(x)" for local latents, "log p(y | x, data)" (predictive) for global ones.
-        notes: what a reader must know.
-    """
-
-    per_datum: pd.DataFrame
-    summary: dict[str, float]
-    k_threshold: float
-    kind: str
-    num_samples: int
-    notes: list[str] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        width = max((len(name) for name in self.summary), default=0)
-        lines = [f"{self.kind}, K = {self.num_samples}, {len(self.per_datum)} rows"]
-        lines += [f"  {name.ljust(width)}  {value:.5g}" for name, value in self.summary.items()]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+FALSE_ALARM = 1e-4
+"""How often a right discrete likelihood may be called wrong because its bound came out above zero by chance."""
 
 
 def evaluate(
@@ -67,6 +45,8 @@ def evaluate(
     y_std: float = 1.0,
     seed: int = 0,
     plates: Iterable[str] = (DATA_PLATE,),
+    thorough: bool | Iterable[str] = False,
+    train: Any = None,
 ) -> Evaluation:
     """Bounds, k-hat, effective sample sizes and predictive scores of a pair on (held-out) data, in bounded memory.
 
@@ -81,11 +61,18 @@ def evaluate(
         y_std: what one unit of y is on the original scale: predictive scores are given there.
         seed: of the draws; the random stream outside is left as it was.
         plates: names of the data plates.
+        thorough: True, or some of "latents" (`dgm.latent_diagnostics`), "annealed" (`dgm.annealed_bound` on at most
+            100 rows) and "gaps" (`dgm.gaps` on at most 100 rows): minutes instead of seconds, for local latents.
+        train: the training rows, for the generalisation part of the gaps.
+
+    Returns:
+        an `Evaluation`: per-datum frame, summary, verdicts, and `.report("page.html")`.
 
     Raises:
-        DataError: the data is damaged, or outside the support of its likelihood.
+        DataError: the data is damaged, or outside the support of its likelihood, or a log weight is NaN or +inf.
         GuideError: the guide does not fit, or holds parameters for other rows.
-        OptionError: num_samples < 1, or y_std not positive.
+        ModelError: the bound of discrete data lies above zero, where no log-probability can.
+        OptionError: num_samples < 1, y_std not positive, or an unknown part in `thorough`.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(x):
@@ -101,39 +88,63 @@ def evaluate(
     """
     if not y_std > 0:
         raise OptionError(f"y_std is {y_std!r}, expected the positive standard deviation of y on its original scale")
+    from .thorough import add_parts, parts_of
+
+    parts = parts_of(thorough)
     plates = set(plates)
     batch = as_tensors(data[0] if len(data) == 1 else tuple(data), dtype=_dtype(data))
+    found, discrete = [], False
     with preserved_rng(seed):
-        parts, start, total = [], 0, len(batch[0])
+        start, total = 0, len(batch[0])
         graphs, chunks = Graphs(), list(row_chunks(batch))
         for i, chunk in enumerate(chunks):
             graphs.batches = sum(len(later[0]) == len(chunk[0]) for later in chunks[i + 1 :])
             rows = torch.arange(start, start + len(chunk[0]), device=chunk[0].device)
             with chunk_of(total, rows):
-                check_observed(model, chunk, plates)
-                parts.append(_weights(model, guide, chunk, num_samples, plates, graphs))
+                discrete = _is_discrete(check_observed(model, chunk, plates))
+                found.append(_weights(model, guide, chunk, num_samples, plates, graphs))
             start += len(rows)
-    frame = pd.concat([part[0] for part in parts], ignore_index=True)
-    has_global, is_point = parts[0][1], parts[0][2]
-    notes = notes_of(guide)
-    if is_point:
+    frame = pd.concat([part.frame for part in found], ignore_index=True)
+    has_global, notes = found[0].has_global, notes_of(guide)
+    bound = None
+    if found[0].is_point:
         notes.append(
             "the guide's latents are points, or it has no density: there is no bound on log p(x), and the training "
             "curve is none either"
         )
-    if has_global:
-        frame["bound"] -= math.log(y_std) if len(batch) > 1 and batch[-1].is_floating_point() else 0.0
-    summary = _summary(frame, num_samples, has_global)
+    else:
+        scale = math.log(y_std) if has_global and len(batch) > 1 and batch[-1].is_floating_point() else 0.0
+        bound = _joined([part.bound for part in found if part.bound is not None], scale)
+        frame["bound"] = bound.values.cpu().numpy()
+        if discrete:
+            _refuse_positive(model, bound, has_global)
+        notes += _notes(frame, num_samples, has_global)
+    summary = _summary(frame, bound, num_samples, has_global)
+    prediction = None
     if has_global and len(batch) > 1:
         draws = min(num_samples, max(KHAT_SAMPLES, PREDICTIVE_VALUES // total))
         with preserved_rng(seed + 1):
             prediction = predict(model, guide, *batch, num_samples=draws, y_std=y_std)
         if prediction is not None:
-            summary.update(_scores(prediction))
+            summary.update(scores_of(prediction))
             if draws < num_samples:
                 notes.append(f"predictive scores are of {draws} draws, so that they fit memory; the bound is of all")
     kind = "log predictive density of held-out rows" if has_global else "bound on log p(x)"
-    return Evaluation(frame, summary, k_threshold(max(num_samples, 100)), kind, num_samples, notes)
+    result = Evaluation(
+        frame,
+        summary,
+        k_threshold(max(num_samples, SMALLEST_SAMPLE)),
+        kind,
+        num_samples,
+        notes,
+        bound,
+        prediction=prediction,
+        model=digests(model),
+        data=digest(batch),
+        meta={"model": program_name(model), "guide": program_name(guide), "seed": seed},
+    )
+    add_parts(result, parts, model, guide, batch, train, plates, seed)
+    return result
 
 
 def _dtype(data: Sequence[Any]) -> torch.dtype | None:
@@ -142,31 +153,142 @@ def _dtype(data: Sequence[Any]) -> torch.dtype | None:
     return next((d.dtype for d in flat if isinstance(d, Tensor) and d.is_floating_point()), None)
 
 
+@dataclass
+class _Part:
+    """A chunk of rows: its frame, its bound, and what kind of pair it is of."""
+
+    frame: pd.DataFrame
+    bound: Estimate | None
+    has_global: bool
+    is_point: bool
+
+
 def _weights(
     model: Program, guide: Program, batch: Sequence[Any], num_samples: int, plates: Iterable[str], graphs: Graphs
-) -> tuple[pd.DataFrame, bool, bool]:
+) -> _Part:
     sampler = LogWeightSampler(model, guide, *batch, plates=plates, graphs=graphs)
-    summary, kept, count = LogWeightSummary(), [], 0
+    summary, kept, count, groups = LogWeightSummary(), [], 0, _Groups()
     for chunk in sampler.chunks(num_samples):
         summary.update(chunk.local)
+        if sampler.has_global:
+            groups.update(chunk.local)
         if count < KHAT_SAMPLES:
             kept.append(chunk.local)
             count += len(chunk.local)
-    columns = {"bound": summary.importance_bound, "elbo": summary.elbo, "ess": summary.ess}
     is_point = sampler.has_local and (sampler.runs.deterministic or not has_density(guide, local=True))
-    if num_samples >= 100 and sampler.has_local and not is_point:
-        columns["khat"] = pareto_k(torch.cat(kept)[:KHAT_SAMPLES])
-    else:
-        columns["khat"] = torch.full_like(summary.elbo, math.nan)
+    columns = {"bound": summary.importance_bound, "bound_error": torch.full_like(summary.elbo, math.nan)}
+    columns |= {"elbo": summary.elbo, "ess": summary.ess, "khat": torch.full_like(summary.elbo, math.nan)}
+    bound = None
+    if not is_point:
+        bound = Estimate.of(summary, "log predictive density" if sampler.has_global else "importance bound")
+        if sampler.has_global:
+            bound = bound.replace(shared=groups.error(), method="log predictive density")
+        columns["bound_error"] = bound.errors
+        if num_samples >= SMALLEST_SAMPLE and sampler.has_local:
+            columns["khat"] = pareto_k(torch.cat(kept)[:KHAT_SAMPLES])
     frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
     if is_point:
         frame[:] = math.nan
-    return frame, sampler.has_global, is_point
+    return _Part(frame, bound, sampler.has_global, is_point)
 
 
-def _summary(frame: pd.DataFrame, num_samples: int, has_global: bool) -> dict[str, float]:
+class _Groups:
+    """Monte Carlo error of the mean of logs of means where all rows share their draws, from means of groups of draws.
+
+    With group means w_gn and their mean w_n, the mean over n of log w_n moves by mean_n(w_gn / w_n) - 1.
+    """
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.counts = torch.zeros(GROUPS)
+        self.seen = 0
+
+    def update(self, log_weights: Tensor) -> None:
+        place = (torch.arange(len(log_weights)) + self.seen) % GROUPS
+        self.seen += len(log_weights)
+        if self.sums is None:
+            self.sums = log_weights.new_full((GROUPS, *log_weights.shape[1:]), -math.inf, dtype=torch.float64)
+        for group in place.unique().tolist():
+            own = log_weights[place == group].double()
+            self.sums[group] = torch.logaddexp(self.sums[group], torch.logsumexp(own, 0))
+            self.counts[group] += len(own)
+
+    def error(self) -> float:
+        if self.sums is None or self.seen < 2 * GROUPS or self.sums.shape[1] == 0:
+            return math.nan
+        means = self.sums - self.counts.double().log().to(self.sums)[:, None]
+        whole = torch.logsumexp(self.sums, 0) - math.log(self.seen)
+        influence = (means - whole).exp().mean(1)
+        return float((influence.var() / GROUPS).sqrt())
+
+
+def _joined(parts: Sequence[Estimate], log_scale: float) -> Estimate:
+    """Chunks of rows as one estimate, in units of y where it was standardised."""
+    whole = parts[0]
+    values, errors, ess = (torch.cat([getattr(p, name) for p in parts]) for name in ("values", "errors", "ess"))
+    shared = None
+    if whole.shared is not None:
+        weights = [len(p.values) / len(values) for p in parts]
+        shared = math.sqrt(sum((w * (p.shared or 0.0)) ** 2 for w, p in zip(weights, parts, strict=True)))
+    return whole.replace(values=values - log_scale, errors=errors, ess=ess, shared=shared)
+
+
+def _is_discrete(latents: Latents) -> bool:
+    """Whether everything observed is discrete, so that log p(x) is a log-probability and no density."""
+    supports = [getattr(node["fn"], "support", None) for node in latents.observed.values()]
+    return all(getattr(support, "is_discrete", False) for support in supports)
+
+
+def _refuse_positive(model: Program, bound: Estimate, has_global: bool) -> None:
+    """A log-probability is at most 0, and E[w] = p(x): Markov says how far above 0 chance may take a bound.
+
+    P(log w_n > t) <= exp(-t) for one datum, and the same for the sum over data, whose weights are independent.
+
+    Raises:
+        ModelError: no chance explains the bound.
+    """
+    values = bound.values[bound.values.isfinite()]
+    if not len(values):
+        return
+    rounding = 1e-4 * len(values)
+    most = 0.0 if has_global else -math.log(FALSE_ALARM)
+    worst = int(bound.values.nan_to_num(-math.inf).argmax())
+    largest = float(bound.values[worst])
+    if largest > 1e-4 + (0.0 if has_global else most + math.log(len(values))) or float(values.sum()) > most + rounding:
+        raise ModelError(
+            f"the bound on log p(x) is {bound.mean:.3g} nats a datum, and {largest:.3g} for row {worst}, for discrete "
+            f"data, whose log-probability is at most 0: {program_name(model)}'s likelihood is no probability. Look for "
+            "a density in place of a mass function, values outside the support (grey pixels), or a factor that adds "
+            "log-probability"
+        )
+
+
+def _notes(frame: pd.DataFrame, num_samples: int, has_global: bool) -> list[str]:
+    notes = []
+    lost = frame["bound"] == -math.inf
+    if lost.any():
+        first = ", ".join(map(str, list(frame.index[lost][:5])))
+        notes.append(
+            f"every weight is zero for {int(lost.sum())} rows (first: {first}): the guide puts no draw where their "
+            "density is above zero, and their bound is -inf"
+        )
+    if num_samples == 1:
+        notes.append("one draw for each row: the bound is the ELBO, and nothing tells its Monte Carlo error")
+    elif num_samples < SMALLEST_SAMPLE and not has_global:
+        notes.append(f"no k-hat: it needs at least {SMALLEST_SAMPLE} draws for each row, got {num_samples}")
+    elif len(frame) and (frame["khat"] == -math.inf).all():
+        notes.append(
+            "all weights of a row are equal: the guide is the exact posterior of this model (or does not depend on its "
+            "latents at all)"
+        )
+    return notes
+
+
+def _summary(frame: pd.DataFrame, estimate: Estimate | None, num_samples: int, has_global: bool) -> dict[str, float]:
     bound, error = mean_and_standard_error(torch.tensor(frame["bound"].to_numpy()))
     summary = {"bound": bound, "bound_se": error}
+    if estimate is not None and num_samples > 1:
+        summary["bound_mc_se"] = estimate.mc_se
     if not has_global:
         summary["elbo"] = float(frame["elbo"].mean())
         summary["ess"] = float(frame["ess"].mean())
@@ -176,42 +298,6 @@ def _summary(frame: pd.DataFrame, num_samples: int, has_global: bool) -> dict[st
         summary["khat_bad"] = float((khat > k_threshold(kept)).mean())
         summary["khat_median"] = float(khat.median())
     return summary
-
-
-def _scores(prediction: GaussianPrediction | CategoricalPrediction) -> dict[str, float]:
-    scores = prediction.summary()
-    if isinstance(prediction, GaussianPrediction):
-        return scores | {"coverage95": prediction.coverage(0.95)}
-    return {("calibration_error" if k == "expected_calibration_error" else k): v for k, v in scores.items()}
-
-
-def predict(
-    model: Program, guide: Program, *batch: Any, num_samples: int = 1000, y_std: float = 1.0
-) -> GaussianPrediction | CategoricalPrediction | None:
-    """Posterior predictive of a supervised model, or None where it does not say what it predicts.
-
-    The model's `forward(x, y)` returns {"loc", "scale"} (a normal target) or {"logits"} (classes); those are collected
-    over draws of the guide. A model that returns anything else has no predictive scores but its log density.
-    """
-    pair = Pair(model, guide)
-    keys: list[str] = []
-
-    def run(data: Sequence[Any]) -> tuple[Tensor, ...]:
-        guide_trace = poutine.trace(pair.run_guide).get_trace(*data)
-        out = poutine.replay(pair.run_model, trace=guide_trace)(*data)
-        keys[:] = sorted(k for k in out if isinstance(out[k], Tensor)) if isinstance(out, dict) else []
-        return tuple(out[k] for k in keys)
-
-    runs = Runs(pair, run, batch)
-    if not ({"loc", "scale"} <= set(keys) or "logits" in keys):
-        return None
-    pieces = list(runs.passes(num_samples))
-    out = {key: torch.cat([piece[i] for piece in pieces]) for i, key in enumerate(keys)}
-    y = batch[-1]
-    if "logits" in out:
-        return CategoricalPrediction(out["logits"], y.long())
-    scale = out["scale"]
-    return GaussianPrediction(out["loc"], scale if scale.dim() == 2 else scale[:, None], y, y_std)
 
 
 def global_khat(

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .evaluate import predict
+from .predictive import predict
 from .metrics import CategoricalPrediction
 from .pair import Pair
 from .programs import Program, evaluating, preserved_rng, program_name

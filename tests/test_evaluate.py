@@ -77,7 +77,7 @@ def test_at_the_exact_posterior_everything_is_exact() -> None:
     assert np.allclose(result.per_datum["ess"], 200) and (result.per_datum["khat"] == -math.inf).all()
     assert result.summary["bound"] == pytest.approx(exact.mean()) and result.summary["khat_bad"] == 0
     assert result.summary["bound_se"] == pytest.approx(exact.std(ddof=1) / math.sqrt(len(x)))
-    assert result.kind == "bound on log p(x)" and result.notes == []
+    assert result.kind == "bound on log p(x)" and "exact posterior" in result.notes[0]
     assert repr(result).startswith("bound on log p(x), K = 200, 40 rows")
 
 
@@ -197,7 +197,7 @@ def test_models_that_do_not_say_what_they_predict() -> None:
 
     x = torch.linspace(0, 1, 6)
     assert predict(model, guide, x, x) is None
-    assert set(evaluate(model, guide, x, x, num_samples=20).summary) == {"bound", "bound_se"}
+    assert set(evaluate(model, guide, x, x, num_samples=20).summary) == {"bound", "bound_se", "bound_mc_se"}
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

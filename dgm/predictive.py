@@ -1,0 +1,54 @@
+"""The posterior predictive of a supervised model, and its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .metrics import CategoricalPrediction, GaussianPrediction
+from .pair import Pair
+from .programs import Program
+from .runs import Runs
+
+
+def predict(
+    model: Program, guide: Program, *batch: Any, num_samples: int = 1000, y_std: float = 1.0
+) -> GaussianPrediction | CategoricalPrediction | None:
+    """Posterior predictive of a supervised model, or None where it does not say what it predicts.
+
+    The model's `forward(x, y)` returns {"loc", "scale"} (a normal target) or {"logits"} (classes); those are collected
+    over draws of the guide. A model that returns anything else has no predictive scores but its log density.
+    """
+    pair = Pair(model, guide)
+    keys: list[str] = []
+
+    def run(data: Sequence[Any]) -> tuple[Tensor, ...]:
+        guide_trace = poutine.trace(pair.run_guide).get_trace(*data)
+        out = poutine.replay(pair.run_model, trace=guide_trace)(*data)
+        keys[:] = sorted(k for k in out if isinstance(out[k], Tensor)) if isinstance(out, dict) else []
+        return tuple(out[k] for k in keys)
+
+    runs = Runs(pair, run, batch)
+    if not ({"loc", "scale"} <= set(keys) or "logits" in keys):
+        return None
+    pieces = list(runs.passes(num_samples))
+    out = {key: torch.cat([piece[i] for piece in pieces]) for i, key in enumerate(keys)}
+    y = batch[-1]
+    if "logits" in out:
+        return CategoricalPrediction(out["logits"], y.long())
+    scale = out["scale"]
+    return GaussianPrediction(out["loc"], scale if scale.dim() == 2 else scale[:, None], y, y_std)
+
+
+def scores_of(prediction: GaussianPrediction | CategoricalPrediction) -> dict[str, float]:
+    scores = prediction.summary()
+    if isinstance(prediction, GaussianPrediction):
+        return scores | {"coverage95": prediction.coverage(0.95)}
+    return {("calibration_error" if k == "expected_calibration_error" else k): v for k, v in scores.items()}
+
+
+__all__ = ["predict", "scores_of"]

@@ -1,0 +1,92 @@
+"""The parts of an evaluation that take minutes: latent diagnostics, the annealed bound, and where the gap is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .data import as_tensors
+from .errors import OptionError, did_you_mean
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
+    from .programs import Program
+
+PARTS = ("latents", "annealed", "gaps")
+ROWS = 100
+"""Rows of which the annealed bound and the gaps are made, at most: evenly spaced."""
+
+
+def parts_of(thorough: bool | Iterable[str]) -> tuple[str, ...]:
+    """The parts that were asked for, in their order.
+
+    Raises:
+        OptionError: an unknown part.
+    """
+    if isinstance(thorough, bool):
+        return PARTS if thorough else ()
+    asked = [thorough] if isinstance(thorough, str) else list(thorough)
+    for name in asked:
+        if name not in PARTS:
+            raise OptionError(
+                f"thorough has {name!r}, expected some of {', '.join(PARTS)}; {did_you_mean(str(name), PARTS)}"
+            )
+    return tuple(name for name in PARTS if name in asked)
+
+
+def spaced(batch: Sequence[Any], most: int = ROWS) -> tuple[tuple[Any, ...], Tensor]:
+    """At most so many rows of a batch, evenly spaced, and their numbers."""
+    count = len(batch[0])
+    rows = torch.linspace(0, count - 1, min(most, count)).round().long().unique()
+    return tuple(item[rows] if isinstance(item, Tensor) and len(item) == count else item for item in batch), rows
+
+
+def add_parts(
+    result: Evaluation,
+    parts: Sequence[str],
+    model: Program,
+    guide: Program,
+    batch: Sequence[Any],
+    train: Any,
+    plates: Iterable[str],
+    seed: int,
+) -> None:
+    """Fill the parts of an evaluation that were asked for; what does not go with this pair becomes a note.
+
+    A guide that cannot do one part can do the others, and hours of evaluation are not to be lost for it.
+    """
+    if not parts:
+        return
+    if result.bound is None or result.kind.startswith("log predictive"):
+        result.notes.append(f"{', '.join(parts)}: they are of latents of each row that have a density; there are none")
+        return
+    from .annealing import annealed_bound
+    from .errors import DGMError
+    from .gaps import gaps
+    from .latent_diagnostics import latent_diagnostics
+
+    some, rows = spaced(batch)
+    for part in parts:
+        try:
+            if part == "latents":
+                result.latents = latent_diagnostics(model, guide, *batch, seed=seed, plates=plates)
+                result.summary["active_units"] = result.latents.active
+            elif part == "annealed":
+                result.annealed = annealed_bound(model, guide, *some, seed=seed, plates=plates)
+                result.annealed_rows = rows
+                result.summary["annealed_bound"] = result.annealed.mean
+                result.summary["annealed_bound_se"] = result.annealed.se
+                result.summary["annealed_bound_mc_se"] = result.annealed.mc_se
+            else:
+                fitted = None if train is None else spaced(as_tensors(train), ROWS)[0]
+                result.gaps = gaps(model, guide, *some, train=fitted, seed=seed, plates=plates)
+                result.summary["approximation_gap"] = result.gaps.summary["approximation"]
+                result.summary["amortization_gap"] = result.gaps.summary["amortization"]
+        except DGMError as error:
+            result.notes.append(f"{part}: {error}")
+
+
+__all__ = ["PARTS", "add_parts", "parts_of", "spaced"]
