@@ -207,15 +207,27 @@ def train(
 def evaluate(
     folder: Folder,
     samples: Annotated[int, _option("--samples", min=1, help="K of the bound.")] = 5000,
+    thorough: Annotated[
+        bool,
+        typer.Option("--thorough", help="Latent diagnostics, the annealed bound, and where the gap is: minutes."),
+    ] = False,
+    out: Annotated[Path | None, _option("--out", help="The page.", default="evaluation.html in the run")] = None,
     model: RunModel = None,
     guide: RunGuide = None,
     data: RunData = None,
     data_dir: RunDataDir = None,
 ) -> None:
-    """How good is a trained pair? Bound, k-hat and predictive scores on held-out rows."""
+    """How good is a trained pair? Bound, k-hat and predictive scores on held-out rows, verdicts, and a page."""
     _go(
         lambda: _work("commands_run").run_evaluate(
-            folder, model=model, guide=guide, data=data, data_dir=data_dir, samples=samples
+            folder,
+            model=model,
+            guide=guide,
+            data=data,
+            data_dir=data_dir,
+            samples=samples,
+            thorough=thorough,
+            out=out,
         )
     )
 

@@ -91,12 +91,33 @@ def run_evaluate(
     data: str | None,
     data_dir: str | None,
     samples: int,
+    thorough: bool = False,
+    out: Path | None = None,
 ) -> int:
-    """Evaluate a trained pair on the held-out rows."""
+    """Evaluate a trained pair on the held-out rows: numbers, a sentence for each verdict, and a page."""
     job, run, pair = _restored(folder, model, guide, data, data_dir)
-    told = f"{program_name(pair[0])} on {job.data.name} with {entry_name(run.spec['guide'])}"
-    print(f"{told}, {len(job.data.test[0])} held-out rows")
-    print(evaluate(*pair, job.data.test, num_samples=samples, y_std=job.data.y_std, seed=run.spec["seed"]))
+    name = entry_name(run.spec["guide"])
+    told = f"{program_name(pair[0])} on {job.data.name} with {name}"
+    print(f"{told}, {len(job.data.test[0])} held-out rows", flush=True)
+    seed = run.spec["seed"]
+    result = evaluate(
+        *pair,
+        job.data.test,
+        num_samples=samples,
+        y_std=job.data.y_std,
+        seed=seed,
+        thorough=thorough,
+        train=job.whole(seed),
+    )
+    result.meta.update(title=f"{name} for {program_name(pair[0])}", data=job.data.name, run=folder.name)
+    shape = job.data.image_shape
+    if shape is not None:
+        result.meta["images"] = job.data.test[0].reshape(-1, *shape).float().cpu().numpy()
+    print(f"{result}\n")
+    for verdict in result.verdicts:
+        print(f"{verdict.says}\n    {verdict.rests}")
+    page = saved(lambda: result.report(folder / "evaluation.html" if out is None else out), folder)
+    print(f"page: {page}")
     return OK
 
 

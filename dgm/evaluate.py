@@ -63,7 +63,8 @@ def evaluate(
         plates: names of the data plates.
         thorough: True, or some of "latents" (`dgm.latent_diagnostics`), "annealed" (`dgm.annealed_bound` on at most
             100 rows) and "gaps" (`dgm.gaps` on at most 100 rows): minutes instead of seconds, for local latents.
-        train: the training rows, for the generalisation part of the gaps.
+        train: the training rows: for the generalisation part of the gaps, and, where latents are global, for the k-hat
+            of their posterior.
 
     Returns:
         an `Evaluation`: per-datum frame, summary, verdicts, and `.report("page.html")`.
@@ -129,11 +130,14 @@ def evaluate(
             summary.update(scores_of(prediction))
             if draws < num_samples:
                 notes.append(f"predictive scores are of {draws} draws, so that they fit memory; the bound is of all")
+    if has_global and train is not None and has_density(guide) and num_samples >= SMALLEST_SAMPLE:
+        rows = as_tensors(train, dtype=_dtype(data))
+        summary["khat_posterior"] = global_khat(model, guide, *rows, seed=seed, plates=plates)
     kind = "log predictive density of held-out rows" if has_global else "bound on log p(x)"
     result = Evaluation(
         frame,
         summary,
-        k_threshold(max(num_samples, SMALLEST_SAMPLE)),
+        k_threshold(min(max(num_samples, SMALLEST_SAMPLE), KHAT_SAMPLES)),
         kind,
         num_samples,
         notes,

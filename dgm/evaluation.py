@@ -48,7 +48,7 @@ class Evaluation:
         per_datum: one row for each datum: bound, bound_error (Monte Carlo), elbo (nats), ess, khat; NaN where a guide
             has no density.
         summary: the means with their standard errors, shares and predictive metrics, by name.
-        k_threshold: k-hat above it is not to be trusted at this number of samples.
+        k_threshold: k-hat above it is not to be trusted, with as many draws as it was fitted to (1000 at most).
         kind: what `bound` is: "bound on log p(x)" for local latents, "log predictive density ..." for global ones.
         notes: what a reader must know.
         bound: the importance bound, or log predictive density, with its errors; None where there is none.

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from . import plots
-from .errors import OptionError
+from .page import environment, write_text
 from .style import COLOURS, count, limit, share, shorten, svg
 from .tables import (
     best_place,
@@ -196,33 +194,30 @@ def render(result: Comparison) -> str:
     heads, runs = _runs(rows, order, score_name(meta))
     facts, notes = _provenance(result.meta)
     shown = columns(table, meta)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        title=str(meta.get("title", "comparison")),
-        headline=headline({k: v for k, v in meta.items() if k != "title"}).removeprefix("comparison · "),
-        verdict=verdict(table, meta),
-        grounds=grounds(result),
-        columns=shown,
-        guides=[
-            (i, shorten(g, 80), [c.cells[i].strip().replace("-", "−") for c in shown])
-            for i, g in enumerate(table.index)
-        ],
-        remarks=remarks(rows),
-        failures=failures(rows),
-        failed=int((rows["status"] != "ok").sum()) if "status" in rows else 0,
-        total=len(rows),
-        figures=_figures(result, order),
-        heads=heads,
-        runs=runs,
-        facts=facts,
-        notes=notes,
-        colours=len(COLOURS),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=str(meta.get("title", "comparison")),
+            headline=headline({k: v for k, v in meta.items() if k != "title"}).removeprefix("comparison · "),
+            verdict=verdict(table, meta),
+            grounds=grounds(result),
+            columns=shown,
+            guides=[
+                (i, shorten(g, 80), [c.cells[i].strip().replace("-", "−") for c in shown])
+                for i, g in enumerate(table.index)
+            ],
+            remarks=remarks(rows),
+            failures=failures(rows),
+            failed=int((rows["status"] != "ok").sum()) if "status" in rows else 0,
+            total=len(rows),
+            figures=_figures(result, order),
+            heads=heads,
+            runs=runs,
+            facts=facts,
+            notes=notes,
+            colours=len(COLOURS),
+        )
     )
 
 
@@ -236,19 +231,4 @@ def write_report(result: Comparison, path: str | os.PathLike[str]) -> Path:
     Raises:
         OptionError: the page cannot be written there.
     """
-    page = render(result)
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(part, target)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OptionError(
-            f"report: cannot write {target}: {reason}; choose a path in a folder you can write to"
-        ) from error
-    finally:
-        with suppress(OSError):  # it is gone once the page is in place, or its folder never was
-            part.unlink()
-    return target
+    return write_text(render(result), path)
