@@ -325,10 +325,11 @@ class Packing(nn.Module):
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """The packed vector of constrained values: the inverse of `unpack`, with ones where inner plates stood."""
-        parts: list[Tensor] = []
-        for block in self.blocks:
-            raw = block.transform.inv(values[block.site.name])
-            parts.append(_gather(raw, block.rest, block.unconstrained_event))
+        return self.join({b.site.name: b.transform.inv(values[b.site.name]) for b in self.blocks})
+
+    def join(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """The packed vector of the sites' unconstrained values by name: the inverse of `parts`."""
+        parts = [_gather(raw[b.site.name], b.rest, b.unconstrained_event) for b in self.blocks]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts)) if parts else Size()
         return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1) if parts else torch.zeros(0)
 
