@@ -229,6 +229,8 @@ def _collect(cells: Sequence[Cell], guides: Sequence[str], meta: dict[str, Any],
     good = {g: [c for c in cells if c.row["guide"] == g and c.row["status"] == "ok"] for g in guides}
     per_datum = {g: np.stack([c.per_datum for c in part]) for g, part in good.items() if part}
     khat = {g: np.concatenate([c.khat for c in part]) for g, part in good.items() if part}
+    if any(len(c.khat) > 1 for part in good.values() for c in part):  # latents are local, perhaps beside global ones
+        meta = {**meta, "khat_of": "row"}
     return Comparison(
         rows,
         pd.concat(histories, ignore_index=True)

@@ -21,6 +21,7 @@ from .tables import (
     failures,
     format_table,
     headline,
+    khat_by_row,
     numbers,
     remarks,
     score_name,
@@ -63,7 +64,7 @@ def grounds(result: Comparison) -> list[str]:
         out.append("With one seed the errors cover the choice of held-out data, not the chance of training.")
     best = best_place(table, score_name(meta))
     bad = float(numbers(table, "khat_bad").iloc[best]) if best is not None else np.nan
-    if bad > 0.1 and score_name(meta) == "bound":
+    if bad > 0.1 and khat_by_row(meta):
         out.append(
             f"Even for the best guide, k-hat is above {limit(result.k_threshold)} for {share(bad)} of held-out data: "
             "there the bound may be loose and its error understated."
@@ -93,7 +94,7 @@ def _figures(result: Comparison, order: list[str]) -> list[dict[str, Any]]:
         )
         drawn.append(("cost", "Score against cost", text, plots.bound_against_cost(table, score)))
     if any(np.size(k) for k in result.khat.values()):
-        what = "held-out datum" if score == "bound" else "run"
+        what = "held-out datum" if khat_by_row(result.meta) else "run"
         text = f"One value for each {what}. Solid: above the threshold; their share stands at the right."
         figure = plots.khat_distribution(result.khat, result.k_threshold, order)
         drawn.append(("khat", f"k-hat of each {what}", text, figure))
@@ -177,7 +178,7 @@ def _provenance(meta: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[st
     notes = meta.get("protocol", meta.get("protocol_notes", []))
     out = []
     for name, value in meta.items():
-        if name in ("title", "mode", "protocol", "protocol_notes", "score", "interrupted"):
+        if name in ("title", "mode", "protocol", "protocol_notes", "score", "interrupted", "khat_of"):
             continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{k} {v}" for k, v in value.items())

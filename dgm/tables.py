@@ -29,6 +29,11 @@ def score_name(meta: Mapping[str, Any]) -> str:
     return "log_likelihood" if str(meta.get("score", "bound")).replace("-", "_") == "log_likelihood" else "bound"
 
 
+def khat_by_row(meta: Mapping[str, Any]) -> bool:
+    """Whether a k-hat is that of a held-out row, as where latents are local, or that of a run's whole posterior."""
+    return str(meta.get("khat_of", "row" if score_name(meta) == "bound" else "run")) == "row"
+
+
 def _digits(errors: pd.Series, least: float = 3.55) -> int:
     """Decimals that a typical standard error deserves: 0.12 and 0.06 have two, 0.4 has one, 0.03 has three.
 
@@ -104,7 +109,7 @@ def columns(table: pd.DataFrame, meta: Mapping[str, Any]) -> list[Column]:
     if score == "log_likelihood":
         out += _predictive(table)
     threshold = float(meta.get("k_threshold", 0.7))
-    which = "held-out data" if score == "bound" else "runs"
+    which = "held-out data" if khat_by_row(meta) else "runs"
     shares = {
         "khat_bad": (
             f"k-hat > {limit(threshold)}",

@@ -11,11 +11,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
+import dgm
 from dgm import plots
 from dgm.errors import DataError, OptionError
+from dgm.guides import attached
 from dgm.report import format_table, render, verdict, write_report
 from dgm.style import COLOURS, svg
 
@@ -334,3 +339,16 @@ def test_more_guides_than_colours_are_told_apart() -> None:
     axes = plots.bound_against_cost(comparison(names).table).axes[0]
     looks = {(str(line.get_color()), line.get_marker()) for line in axes.lines if line.get_marker() not in ("None", "")}
     assert len(looks) >= len(names)
+
+
+def test_rows_of_a_model_with_both_kinds_of_latents_are_called_rows() -> None:
+    def model(x: torch.Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    result = dgm.compare(model, attached(["diagonal-normal"]), torch.randn(20), seeds=1, epochs=1, num_samples=100)
+    assert result.meta["khat_of"] == "row" and len(result.khat["diagonal-normal"]) == 4
+    page = render(result)
+    assert "k-hat of each held-out datum" in page and "k-hat of each run" not in page
