@@ -15,10 +15,10 @@ from pyro.distributions.transforms import biject_to
 from torch import Tensor, nn
 
 from .errors import DataError, GuideError, did_you_mean
-from .log_joint import by_row, data_frame
+from .given import held, log_terms, mapped
 from .noise import recording
 from .posthoc import has_density
-from .programs import Program, StartValues, bound, evaluating, isolated, preserved_rng, program_name, with_home
+from .programs import Program, bound, evaluating, isolated, preserved_rng, program_name, with_home
 from .sites import DATA_PLATE, Latents, Packing, Site, read
 from .weights import LogWeights
 
@@ -124,7 +124,7 @@ class GuideDensity:
             raise GuideError(
                 f"{self.name} draws noise that stands in no site: log q is an integral over it and is not known"
             )
-        own_rows, own_rest = self._sum(trace, rows)
+        own_rows, own_rest = log_terms(trace, self.plates, rows)
         pairs = ((rows, own_rows), (rest, own_rest))
         tolerance = 1e-8 if rows.dtype == torch.float64 else 1e-3
         if not all(torch.allclose(a, b, rtol=tolerance, atol=10 * tolerance) for a, b in pairs):
@@ -160,7 +160,7 @@ class GuideDensity:
         rows, outside = self._terms(values, raw, batch)
         return rows + local, outside + rest
 
-    def at(self, values: Values, *batch: Any, chunk: int | None = None) -> LogWeights:
+    def at(self, values: Values, *batch: Any) -> LogWeights:
         """log q at S given values of every latent, each `(S, *its shape)` on its support.
 
         Returns:
@@ -171,7 +171,9 @@ class GuideDensity:
         """
         self._require(values)
         given = {name: torch.as_tensor(values[name]) for name in self.latents}
-        count = len(next(iter(given.values()))) if given else 0
+        count = len(next(iter(given.values()))) if given and next(iter(given.values())).dim() else 0
+        if count < 1:
+            raise DataError("values: expected at least one of each latent, (S, *shape), got none")
         for name, site in self.latents.items():
             expected = (count, *site.batch_shape, *site.event_shape)
             if tuple(given[name].shape) != expected:
@@ -186,11 +188,7 @@ class GuideDensity:
             return self._terms(now, self._raw(now), batch)
 
         with evaluating(self.guide):
-            try:
-                rows, rest = torch.func.vmap(one, chunk_size=chunk)(given)
-            except (RuntimeError, NotImplementedError, ValueError):  # vmap refuses this guide: one by one
-                parts = [one({name: value[s] for name, value in given.items()}) for s in range(count)]
-                rows, rest = (torch.stack(part) for part in zip(*parts, strict=True))
+            rows, rest = mapped(one, given, batch)
         local = any(site.plate is not None for site in self.latents.values())
         outside = any(site.plate is None for site in self.latents.values())
         return LogWeights(rows, rest, local, outside)
@@ -201,25 +199,9 @@ class GuideDensity:
 
     def _terms(self, values: Values, raw: Values, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
         # Latents that are filled from a vector follow it: held at their own values they would differ by a rounding.
-        held = {name: source(raw) for name, source in self.sources.items()}
-        held.update((name, values[name]) for name in self.latents if name not in self.filled)
-        with poutine.block(), isolated(validate=False), StartValues(held):
-            found = poutine.trace(self.run).get_trace(*batch)
-            found.compute_log_prob()
-        return self._sum(found, next(iter(held.values())))
-
-    def _sum(self, trace: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        rows: Any = 0.0
-        rest: Any = like.new_zeros(())
-        for node in trace.nodes.values():
-            if node["type"] != "sample" or node["infer"].get("_deterministic"):
-                continue
-            frame = data_frame(node, self.plates)
-            if frame is None:
-                rest = rest + torch.as_tensor(node["log_prob"]).sum()
-            else:
-                rows = rows + by_row(torch.as_tensor(node["log_prob"]), node, frame)
-        return (rows if isinstance(rows, Tensor) else like.new_zeros(1)), rest
+        sites = {name: source(raw) for name, source in self.sources.items()}
+        sites.update((name, values[name]) for name in self.latents if name not in self.filled)
+        return log_terms(held(self.run, sites, batch), self.plates, next(iter(sites.values())))
 
     def _require(self, values: Values) -> None:
         missing = [name for name in self.latents if name not in values]
@@ -233,14 +215,13 @@ def log_q(
     values: Values,
     *,
     plates: Iterable[str] = (DATA_PLATE,),
-    chunk: int | None = None,
 ) -> Tensor:
     """log q(z | x) of a guide at given values of its latents.
 
     Args:
         guide: a trained guide. batch: data, as the guide takes it.
         values: `(S, *shape)` of every latent by name, on its support.
-        plates: names of the data plates. chunk: of the S values at once; default all.
+        plates: names of the data plates.
 
     Returns:
         `(S, B)` in nats where every latent is local; `(S,)`, for all rows together, where one is global.
@@ -254,7 +235,7 @@ def log_q(
     >>> log_q(Global(model, *batch), batch, {"w": torch.zeros(5, 3)}).shape
     torch.Size([5])
     """
-    found = GuideDensity(guide, *batch, plates=plates).at(values, *batch, chunk=chunk)
+    found = GuideDensity(guide, *batch, plates=plates).at(values, *batch)
     return found.total if found.has_global else found.local
 
 
