@@ -164,7 +164,7 @@ def _read(model: Program, template: Sequence[Any]) -> tuple[dict[str, int], list
             )
     if not latents.observed:
         raise ModelError(f"{name_of} observes nothing on this template: hand its data in, as for training")
-    arguments = {}
+    arguments: dict[str, int] = {}
     for name, node in latents.observed.items():
         value: Any = node["value"]
         base = node["fn"]
