@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pyro.ops.stats import crps_empirical
+from scipy.stats import binomtest, norm
 
 from dgm.errors import DataError, OptionError
-from dgm.metrics import CategoricalPrediction, GaussianPrediction
+from dgm.metrics import CategoricalPrediction, GaussianPrediction, VectorPrediction, energy_score
+from dgm.mixtures import mixture_quantile
+from dgm.reliability import reliability, wilson
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -273,3 +279,234 @@ def test_inputs_are_left_alone() -> None:
     p = CategoricalPrediction(logits, torch.tensor([0, 1, 1]))
     assert not p.probs.requires_grad
     assert logits.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- intervals, widths, errors of means
+
+
+def test_quantiles_invert_the_distribution_function() -> None:
+    """Overlapping parts, parts so far apart that the density between them is 0, one that is very narrow."""
+    rng = generator()
+    loc = torch.cat([5 * normal(7, 40, rng=rng), torch.tensor([[-1e6] * 40, [1e6] * 40]).double()])
+    scale = torch.rand(9, 40, generator=rng, dtype=torch.float64) + 0.01
+    scale[0] = 1e-8
+    for level in (1e-4, 0.05, 0.5, 0.8, 0.95, 0.9999):
+        q = mixture_quantile(loc, scale, level)
+        cdf = torch.special.ndtr((q - loc) / scale).mean(0)
+        near = torch.special.ndtr((q * (1 + 1e-12) + 1e-9 - loc) / scale).mean(0)  # a narrow part is a step
+        assert ((cdf - level).abs().lt(1e-8) | ((cdf <= level) & (near >= level))).all()
+
+
+def test_interval_of_one_gaussian_in_closed_form() -> None:
+    p = GaussianPrediction(
+        torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 10.0]), y_std=3.0
+    )
+    z = norm.ppf(0.95)
+    low, _ = p.interval()
+    assert low.tolist() == pytest.approx([1 - 0.5 * z, -2 - 2 * z])
+    assert p.sharpness() == pytest.approx(3 * z * 2.5)
+    outside = 20 * (12 - 2 * z)  # 2 / alpha times the distance to the upper end
+    assert p.interval_score() == pytest.approx(3 * (z + 4 * z + outside) / 2)
+    assert p.scores()["interval_score_90"].mean() == pytest.approx(p.interval_score())
+
+
+def test_coverage_by_the_quantiles_is_coverage_by_the_pit() -> None:
+    p = calibrated_mixture(15, 400)
+    low, high = p.interval(0.8)
+    assert ((low <= p.y) & (p.y <= high)).double().mean().item() == p.coverage(0.8)
+
+
+def test_the_interval_score_is_lowest_where_the_scale_is_right() -> None:
+    p = calibrated_mixture(1, 3000)
+    for factor in (0.5, 2.0):
+        wrong = GaussianPrediction(p.loc, factor * p.scale, p.y, p.y_std)
+        assert wrong.interval_score() > 1.1 * p.interval_score()
+        assert wrong.sharpness() == pytest.approx(factor * p.sharpness())
+
+
+def test_summary_is_the_mean_of_the_scores_with_its_error() -> None:
+    p = calibrated_mixture(5, 300)
+    frame, summary = p.scores(), p.summary(errors=True)
+    assert summary["rmse"] == pytest.approx(p.rmse()) and summary["crps"] == pytest.approx(p.crps())
+    assert summary["coverage_90"] == p.coverage(0.9)
+    assert summary["crps_se"] == pytest.approx(frame["crps"].std() / math.sqrt(300))
+    assert summary["rmse_se"] == pytest.approx(frame["squared_error"].std() / math.sqrt(300) / (2 * p.rmse()))
+    frame[:] = 0.0  # a copy: the prediction is not changed by it
+    assert p.summary()["crps"] == summary["crps"]
+    one = GaussianPrediction(torch.zeros(2, 1), torch.tensor(1.0), torch.ones(1)).summary(errors=True)
+    assert math.isnan(one["crps_se"]) and one["rmse"] == 1.0
+
+
+def test_errors_of_means_cover_the_truth() -> None:
+    """y ~ N(0, 1) predicted as such: E log p = -(log 2 pi + 1) / 2, rmse 1, CRPS 1 / sqrt(pi)."""
+    rng, n, times = generator(1), 150, 200
+    exact = {"log_likelihood": -(math.log(2 * math.pi) + 1) / 2, "rmse": 1.0, "crps": 1 / math.sqrt(math.pi)}
+    inside = dict.fromkeys(exact, 0)
+    halved = 0
+    for _ in range(times):
+        found = GaussianPrediction(torch.zeros(1, n), torch.tensor(1.0), normal(n, rng=rng)).summary(errors=True)
+        for name, truth in exact.items():
+            inside[name] += abs(found[name] - truth) < 1.976 * found[f"{name}_se"]
+        halved += abs(found["crps"] - exact["crps"]) < 0.5 * 1.976 * found["crps_se"]
+    assert all(0.90 <= count / times <= 0.99 for count in inside.values()), inside
+    assert halved / times < 0.85  # the mutant
+
+
+# ---------------------------------------------------------------- several numbers
+
+
+def test_energy_score_of_one_dimension_is_the_crps() -> None:
+    rng = generator()
+    x, y = normal(30, 20, 1, rng=rng), normal(20, 1, rng=rng)
+    torch.testing.assert_close(energy_score(x, y, fair=False), crps_empirical(x[..., 0], y[:, 0]))
+
+
+def test_the_fair_energy_score_is_that_of_the_density() -> None:
+    """Few draws of the predictive density: unbiased for its exact CRPS; as they stand they are not."""
+    p = calibrated_mixture(1, 20_000)
+    x = (p.loc + p.scale * normal(5, 20_000, rng=generator(1)))[..., None]
+    exact, y = p.scores()["crps"].to_numpy() / p.y_std, p.y[:, None]
+    for fair, holds in ((True, True), (False, False)):
+        gap = energy_score(x, y, fair).numpy() - exact
+        assert (abs(gap.mean()) < 4.5 * gap.std() / math.sqrt(len(gap))) == holds
+
+
+def test_energy_score_by_hand_is_blind_to_no_dependence() -> None:
+    x = torch.tensor([[[0.0, 0.0]], [[3.0, 4.0]]])
+    y = torch.tensor([[0.0, 0.0]])
+    assert energy_score(x, y, fair=False).item() == pytest.approx(2.5 - 0.25 * 5)
+    assert energy_score(x, y).item() == pytest.approx(2.5 - 0.5 * 5)
+    rng, rho, n = generator(), 0.95, 3000
+    z = normal(2, n, rng=rng)
+    y = torch.stack([z[0], rho * z[0] + math.sqrt(1 - rho**2) * z[1]], -1)
+    e = normal(40, n, 2, rng=rng)
+    right = torch.stack([e[..., 0], rho * e[..., 0] + math.sqrt(1 - rho**2) * e[..., 1]], -1)
+    gap = energy_score(e, y) - energy_score(right, y)  # the same margins, without the dependence
+    assert gap.mean() > 4.5 * gap.std() / math.sqrt(n)
+
+
+def test_vectors_of_one_number_are_numbers() -> None:
+    p = calibrated_mixture(50, 200)
+    v = VectorPrediction(p.loc[..., None], p.scale[..., None], p.y[:, None], y_std=torch.tensor([3.0]))
+    torch.testing.assert_close(v.log_likelihoods(), p.log_likelihoods())
+    ours, theirs = v.summary(errors=True), p.summary(errors=True)
+    assert ours["rmse"] == pytest.approx(theirs["rmse"]) and ours["rmse_se"] == pytest.approx(theirs["rmse_se"])
+    gap = v.scores()["energy_score"] - p.scores()["crps"]
+    assert abs(gap.mean()) < 4.5 * gap.std() / math.sqrt(200)
+    assert torch.equal(v.draws(7, seed=3), v.draws(7, seed=3)) and v.draws(7).shape == (7, 200, 1)
+
+
+def test_vectors_in_their_own_units() -> None:
+    rng = generator()
+    loc, y, units = normal(4, 6, 3, rng=rng), normal(6, 3, rng=rng), torch.tensor([1.0, 10.0, 100.0])
+    there = VectorPrediction(loc, torch.tensor(0.5), y, units)
+    here = VectorPrediction(units * loc, 0.5 * units, units * y)
+    assert there.summary() == pytest.approx(here.summary())
+
+
+def test_vector_refusals() -> None:
+    loc, y = torch.zeros(4, 3, 2), torch.zeros(3, 2)
+    with pytest.raises(DataError, match=r"got \(4, 3, 2\) and \(3,\)"):
+        energy_score(loc, y[:, 0])
+    with pytest.raises(DataError, match="at least 2 for a fair score"):
+        energy_score(loc[:1], y)
+    with pytest.raises(DataError, match="y: expected finite values, got 6 of 6"):
+        energy_score(loc, y * math.nan)
+    with pytest.raises(DataError, match="loc and y"):
+        VectorPrediction(loc[..., 0], torch.tensor(1.0), y[:, 0])
+    with pytest.raises(DataError, match="broadcasts"):
+        VectorPrediction(loc, torch.ones(5), y)
+    with pytest.raises(DataError, match="smallest of 0"):
+        VectorPrediction(loc, torch.zeros(()), y)
+    with pytest.raises(DataError, match="loc: expected finite"):
+        VectorPrediction(loc * math.nan, torch.ones(()), y)
+    with pytest.raises(OptionError, match="or 2 of them"):
+        VectorPrediction(loc, torch.ones(()), y, torch.ones(3))
+    with pytest.raises(OptionError, match="num"):
+        VectorPrediction(loc, torch.ones(()), y).draws(0)
+
+
+# ---------------------------------------------------------------- reliability
+
+
+def test_wilson_is_scipys() -> None:
+    hits, trials = np.array([0, 3, 10, 50]), np.array([10, 10, 10, 80])
+    low, high = wilson(hits, trials, 0.9)
+    theirs = [binomtest(int(k), int(n)).proportion_ci(0.9, method="wilson") for k, n in zip(hits, trials, strict=True)]
+    assert low.tolist() == pytest.approx([ci.low for ci in theirs], abs=1e-12)
+    assert high.tolist() == pytest.approx([ci.high for ci in theirs])
+    assert np.isnan(wilson(np.array([0]), np.array([0]))[0]).all()
+
+
+def test_bins_of_equal_width_and_of_equal_mass() -> None:
+    rng = generator()
+    c = 0.9 + 0.1 * torch.rand(1000, generator=rng, dtype=torch.float64)  # all in two of fifteen bins
+    right = torch.rand(1000, generator=rng, dtype=torch.float64) < c
+    wide, even = reliability(c, right, 10), reliability(c, right, 10, "equal-mass")
+    assert (wide.frame["count"] > 0).sum() == 1 and wide.frame["accuracy"].isna().sum() == 9
+    assert even.frame["count"].tolist() == [100] * 10 and even.name == "ECE, 10 equal-mass bins"
+    assert wide.ece == pytest.approx(abs(c.mean() - right.double().mean()).item())
+    for found in (wide, even):
+        known = found.frame.dropna()
+        assert found.frame["count"].sum() == 1000
+        weighted = (known["count"] * (known["accuracy"] - known["confidence"]).abs()).sum() / 1000
+        assert found.ece == pytest.approx(weighted)
+        assert ((known["accuracy_low"] <= known["accuracy"]) & (known["accuracy"] <= known["accuracy_high"])).all()
+        assert ((known["lower"] < known["confidence"]) & (known["confidence"] <= known["upper"])).all()
+
+
+def test_equal_mass_keeps_ties_together_and_knows_no_order() -> None:
+    c = torch.tensor([0.5] * 90 + [0.9] * 10)
+    right = torch.tensor([True, False] * 50)
+    found, turned = (reliability(c.flip(d), right.flip(d), 10, "equal-mass") for d in ([], [0]))
+    assert found.frame["count"].tolist() == [90, 10] and found.ece == turned.ece
+    assert reliability(torch.full((5,), 0.7), torch.ones(5), 3, "equal-mass").frame["count"].tolist() == [5]
+    assert reliability(torch.tensor([0.7]), torch.ones(1), 3, "equal-mass").ece == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("kind", ["equal-width", "equal-mass"])
+def test_calibrated_predictions_have_the_error_of_chance_which_falls_to_zero(kind: Any) -> None:
+    rng, z = generator(), []
+    for n in (500, 50_000):
+        logits = 1.5 * normal(1, n, 4, rng=rng)
+        y = logits[0].softmax(-1).multinomial(1, generator=rng)[:, 0]
+        found = CategoricalPrediction(logits, y).reliability(15, kind)
+        z.append((found.ece - found.chance) / found.chance_sd)
+        mutant = CategoricalPrediction(2 * logits, y).reliability(15, kind)
+        assert mutant.ece > mutant.chance + 4.5 * mutant.chance_sd
+    assert max(map(abs, z)) < 4.5 and found.ece < 0.02
+
+
+def test_the_chance_of_calibration_is_its_expectation() -> None:
+    rng, times = generator(), 400
+    c = 0.5 + 0.5 * torch.rand(300, generator=rng, dtype=torch.float64)
+    founds = [reliability(c, torch.rand(300, generator=rng, dtype=torch.float64) < c) for _ in range(times)]
+    eces = np.array([found.ece for found in founds])
+    assert abs(eces.mean() - founds[0].chance) < 4.5 * eces.std() / math.sqrt(times) + 0.02 * founds[0].chance
+    assert eces.std() == pytest.approx(founds[0].chance_sd, rel=0.2)
+
+
+def test_errors_of_class_scores() -> None:
+    logits, y = normal(3, 200, 4, rng=generator()), torch.arange(200) % 4
+    p = CategoricalPrediction(logits, y)
+    frame, summary = p.scores(), p.summary(errors=True)
+    for name in ("accuracy", "log_likelihood", "brier", "entropy", "mutual_information"):
+        assert summary[name] == pytest.approx(frame[name].mean())
+        assert summary[f"{name}_se"] == pytest.approx(frame[name].std() / math.sqrt(200))
+    assert summary["calibration_chance"] == p.reliability().chance
+
+
+def test_reliability_refusals() -> None:
+    c, right = torch.tensor([0.5, 0.9]), torch.tensor([True, False])
+    with pytest.raises(OptionError, match="kind is 'adaptive'"):
+        reliability(c, right, kind="adaptive")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="not logits"):
+        reliability(c * 9, right)
+    with pytest.raises(DataError, match="probabilities in"):
+        reliability(c * math.nan, right)
+    with pytest.raises(DataError, match="True and False"):
+        reliability(c, c)
+    with pytest.raises(DataError, match="shape"):
+        reliability(c[:0], right[:0])
+    with pytest.raises(OptionError, match="level"):
+        wilson(np.ones(1), np.ones(1), 95)
