@@ -44,14 +44,21 @@ ELEMENTS = 2**22
 
 
 def mapped(
-    one: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], values: Mapping[str, Tensor], batch: Sequence[Any]
+    one: Callable[[dict[str, Tensor]], tuple[Tensor, ...]],
+    values: Mapping[str, Tensor],
+    batch: Sequence[Any],
+    widest: int = 1,
 ) -> tuple[Tensor, ...]:
-    """`one` of each of S values, results stacked: by a vmap in chunks, or one by one where vmap refuses the program."""
+    """`one` of each of S values, results stacked: by a vmap in chunks, or one by one where vmap refuses the program.
+
+    widest: entries of the largest tensor of one run, where the values and the batch do not show it.
+    """
     given = dict(values)
     count = len(next(iter(given.values())))
-    widest = max(t.numel() for t in [*(v[0] for v in given.values()), *(b for b in batch if isinstance(b, Tensor))])
+    seen = [*(value[0] for value in given.values()), *(item for item in batch if isinstance(item, Tensor))]
+    widest = max(widest, *(tensor.numel() for tensor in seen))
     try:
-        return torch.func.vmap(one, chunk_size=max(1, ELEMENTS // max(1, widest)))(given)
+        return torch.func.vmap(one, chunk_size=max(1, ELEMENTS // widest))(given)
     except (RuntimeError, NotImplementedError, ValueError):
         runs = [one({name: value[s] for name, value in given.items()}) for s in range(count)]
         return tuple(torch.stack(parts) for parts in zip(*runs, strict=True))

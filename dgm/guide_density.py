@@ -193,6 +193,10 @@ class GuideDensity:
         outside = any(site.plate is None for site in self.latents.values())
         return LogWeights(rows, rest, local, outside)
 
+    def rows(self, values: Values, *batch: Any) -> Tensor:
+        """log q of the rows, `(B,)`, at one value of every latent; a pure function, as `terms`."""
+        return self._terms(values, self._raw(values), batch)[0]
+
     def _raw(self, values: Values) -> dict[str, Tensor]:
         names = [name for name, site in self.latents.items() if not site.discrete]
         return {name: _unconstrain(self.latents[name], values[name]) for name in names}
