@@ -13,22 +13,28 @@ from .errors import ModelError, OptionError
 
 __all__ = ["DualAveraging", "State", "Target", "adjusted", "first_step", "start", "transition"]
 
-Target = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""u (*C, d) -> log density (*C,) and its gradient (*C, d): a pure function, every leading dimension a chain."""
+Target = Callable[[Tensor], tuple[Tensor, ...]]
+"""u (*C, d) -> log density (*C,), its gradient (*C, d), and whatever else is known there, (*C,) or (*C, k): a pure
+function, every leading dimension a chain."""
 
 
 @dataclass
 class State:
-    """Where the chains are: u `(*C, d)`, the log density there `(*C,)` and its gradient `(*C, d)`."""
+    """Where the chains are: u `(*C, d)`, the log density there `(*C,)` and its gradient `(*C, d)`.
+
+    `more`: what else the target gives there, carried along.
+    """
 
     u: Tensor
     log_density: Tensor
     gradient: Tensor
+    more: tuple[Tensor, ...] = ()
 
 
 def start(target: Target, u: Tensor) -> State:
     """The state at u `(*C, d)`."""
-    return State(u, *target(u))
+    log_density, gradient, *more = target(u)
+    return State(u, log_density, gradient, tuple(more))
 
 
 def transition(
@@ -78,11 +84,11 @@ def transition(
     uniform = torch.rand_like(state.log_density) if uniform is None else uniform
     width = torch.as_tensor(step, dtype=state.u.dtype, device=state.u.device).unsqueeze(-1)  # (*C, 1)
     width = width if scale is None else width * scale
-    u, log_density, gradient = state.u, state.log_density, state.gradient
+    u, log_density, gradient, more = state.u, state.log_density, state.gradient, list(state.more)
     r = torch.addcmul(momentum, width, gradient, value=0.5)
     for i in range(leapfrogs):
         u = torch.addcmul(u, width, r)
-        log_density, gradient = target(u)
+        log_density, gradient, *more = target(u)
         r = torch.addcmul(r, width, gradient, value=1.0 if i < leapfrogs - 1 else 0.5)
     kinetic = (momentum.square() - r.square()).sum(-1) / 2
     ratio = log_density - state.log_density + kinetic  # NaN where the path left all bounds, and then compares False
@@ -93,6 +99,10 @@ def transition(
         torch.where(here, u, state.u),
         torch.where(taken, log_density, state.log_density),
         torch.where(here, gradient, state.gradient),
+        tuple(
+            torch.where(here if new.dim() > taken.dim() else taken, new, old)
+            for new, old in zip(more, state.more, strict=True)
+        ),
     )
     return moved, ratio.nan_to_num(nan=-math.inf).clamp(max=0.0).exp()
 

@@ -236,7 +236,7 @@ class _Graph:
         for node in module.graph.nodes:
             if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
                 raise Untraceable(f"the programs change a parameter, a buffer or data in place ({node.target})")
-        self.fixed, self.each = _split(module, len(steady))
+        self.fixed, self.each = split(module, len(steady))
 
     def prepare(self, steady: Sequence[Tensor]) -> list[Tensor]:
         """What all passes share."""
@@ -248,7 +248,7 @@ class _Graph:
             return tuple(self.each.forward(*prepared, *noise))
 
 
-def _split(module: fx.GraphModule, steady: int) -> tuple[Any, Any]:
+def split(module: fx.GraphModule, steady: int) -> tuple[Any, Any]:
     """A graph as two: of its first `steady` inputs alone, and of what that gives and the remaining inputs."""
     nodes = list(module.graph.nodes)
     given = [node for node in nodes if node.op == "placeholder"]
