@@ -250,7 +250,7 @@ def mode_coverage(
     count = len(modes) if isinstance(modes, Tensor) else None if true is None else len(true)
     if reference is not None:
         true = _assigned(checked_draws("reference", reference, 10), modes, count).mean(0)
-    assigned = _assigned(x, modes, count if true is None else len(true))
+    assigned = _assigned(x, modes, len(true) if count is None and true is not None else count)
     occupancy = assigned.mean(0)
     size = len(occupancy)
     if size < 2:
