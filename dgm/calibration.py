@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from pyro import poutine
 from torch import Tensor, nn
 
 from .calibration_verdict import table_of, verdict_of
@@ -203,8 +204,8 @@ def _enough(cases: int, failed: dict[int, str]) -> None:
     if cases < FEWEST:
         first, why = next(iter(failed.items()))
         raise TrainingError(
-            f"{len(failed)} data sets have no ranks (set {first}: {why}), and what is left, {cases} cases, is less than "
-            f"the {FEWEST} that a verdict needs: mend the fit first (lr, clip, steps)"
+            f"{len(failed)} data sets have no ranks (set {first}: {why}); {cases} cases are left, and a verdict needs "
+            f"{FEWEST}: mend the fit first (lr, clip, steps)"
         )
 
 
@@ -221,8 +222,6 @@ def _ready(model: Program, guide: Any, data: Simulation, plates: set[str], notes
     values = []
     for batch in (data.batch(0), data.batch(1)):
         with evaluating(model, guide), pair.running(), preserved_rng(0):
-            from pyro import poutine
-
             nodes = poutine.trace(pair.run_guide).get_trace(*batch).nodes
         values.append([nodes[name]["value"] for name in sites])
     if all(torch.equal(a, b) for a, b in zip(*values, strict=True)):
@@ -256,7 +255,7 @@ def _fitted(
     sites = list(trial.check(data.batch(0), plates).values())
     refuse_untrained(trial, model, trial.guide)  # of a function model: its parameters would move with each fit
     if not finishers(trial.guide):  # one that is finished after training may be a point until then
-        next(PosteriorRanks([trial], data, [0], sites, plates, False).ranks(2, np.random.default_rng(0)))
+        PosteriorRanks([trial], data, [0], sites, plates, False).refuse_point()
     seeds = [seed + r for r in range(len(data))]
     together = _together(data)
     if together is not None:

@@ -22,7 +22,7 @@ REPETITIONS = 2000
 
 
 def ecdf_band(count: int, at: np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    r"""Simultaneous band of the ECDF of N uniform positions, minus the identity: all of it inside with that probability.
+    r"""Simultaneous band of the ECDF of N uniform positions, minus the identity.
 
     .. math:: N \hat F(t) \sim \mathrm{Binomial}(N, t), \qquad P\big(\forall t: l_\gamma(t) \le \hat F(t) \le
               u_\gamma(t)\big) = \mathrm{level}
@@ -70,13 +70,13 @@ def calibration_plot(result: Calibration, most: int = 6) -> Figure:
     t = np.linspace(0.01, 0.99, 99)
     low, high = ecdf_band(count, t)
     band = dict(color=INK, alpha=0.18, linewidth=0)
-    ends = binom.ppf([0.025, 0.975], count, 1 / bins)
+    few, many = (float(binom.ppf(p, count, 1 / bins)) for p in (0.025, 0.975))
     for k, (_, row) in enumerate(shown.iterrows()):
         colour = COLOURS[1] if row["p_holm"] < result.level else COLOURS[0]
         part = result.frame[result.frame["coordinate"] == row["coordinate"]]
         u = part.loc[part["site"] == row["site"], "u"].to_numpy()
         top, bottom = axes[0, k], axes[1, k]
-        top.fill_between([0, 1], *ends, **band)
+        top.fill_between([0, 1], few, many, **band)
         top.bar((np.arange(bins) + 0.5) / bins, histogram(u, bins), width=0.86 / bins, color=colour, alpha=0.75)
         top.set_title(shorten(row["coordinate"], 24))
         top.set_xlim(0, 1)

@@ -95,7 +95,8 @@ class PosteriorRanks:
     def draw(self, pair: Pair, batch: Sequence[Any]) -> tuple[Tensor]:
         """One draw of the guide."""
         nodes = poutine.trace(pair.run_guide).get_trace(*batch).nodes
-        return (self.columns(pair, {site.name: nodes[site.name]["value"] for site in self.sites}, batch),)
+        values: dict[str, Any] = {site.name: nodes[site.name]["value"] for site in self.sites}
+        return (self.columns(pair, values, batch),)
 
     def truth(self, i: int) -> Tensor:
         """The same of what made the data."""
@@ -120,14 +121,23 @@ class PosteriorRanks:
             z = torch.where(spread > 0, (truth - values.mean(0)) / spread, math.nan)
             yield i, rank, z.cpu().numpy()
 
-    def _draws(self, draws: int) -> Iterator[tuple[int, Tensor]]:
-        """`(draws, cases, coordinates)` for each set."""
+    def refuse_point(self) -> Runs:
+        """The runs of the first set.
+
+        Raises:
+            GuideError: its draws are all the same.
+        """
         first = self._runs(0, Graphs())
         if first.deterministic:
             raise GuideError(
                 f"{program_name(self.pair(0).guide)} is a point: its draws are all the same, and nothing can rank "
                 "among them; calibrate a guide with a spread"
             )
+        return first
+
+    def _draws(self, draws: int) -> Iterator[tuple[int, Tensor]]:
+        """`(draws, cases, coordinates)` for each set."""
+        first = self.refuse_point()
         done = 0
         if first.draws is not None and len(self.used) > 1 and first.pair.movable:
             for i, many in self._together(first, draws):
