@@ -131,8 +131,8 @@ def evaluate(
             if draws < num_samples:
                 notes.append(f"predictive scores are of {draws} draws, so that they fit memory; the bound is of all")
     if has_global and train is not None and has_density(guide) and num_samples >= SMALLEST_SAMPLE:
-        rows = as_tensors(train, dtype=_dtype(data))
-        summary["khat_posterior"] = global_khat(model, guide, *rows, seed=seed, plates=plates)
+        seen = as_tensors(train, dtype=_dtype(data))
+        summary["khat_posterior"] = global_khat(model, guide, *seen, seed=seed, plates=plates)
     kind = "log predictive density of held-out rows" if has_global else "bound on log p(x)"
     result = Evaluation(
         frame,

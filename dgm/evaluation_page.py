@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,12 +85,22 @@ def _cell(value: float) -> str:
     return "-∞" if np.isneginf(value) else ("–" if pd.isna(value) else f"{value:.4g}")
 
 
+def _bars(summary: Mapping[str, float]) -> list[tuple[str, float, float, float, float]]:
+    """Both gaps with their errors, of held-out rows and, where they are known, of training rows."""
+    sets = {"held-out rows": "", "training rows": "train_"}
+    what = ("approximation", "approximation_se", "amortization", "amortization_se")
+    found = {name: [summary.get(prefix + key) for key in what] for name, prefix in sets.items()}
+    return [
+        (name, *(float(v) for v in values if v is not None)) for name, values in found.items() if None not in values
+    ]  # type: ignore[misc]
+
+
 def _figures(result: Evaluation) -> list[dict[str, Any]]:
     frame, drawn = result.per_datum, list[tuple[str, str, str, Figure]]()
     if result.gaps is not None:
         text = "log p(x) - ELBO in two parts: what the best member of q's family loses for each datum, and what the "
         text += f"encoder loses beside it. {result.gaps.mode.capitalize()}."
-        drawn.append(("gap", "Where the gap is", text, plots.gap_bars(result.gaps.bars())))
+        drawn.append(("gap", "Where the gap is", text, plots.gap_bars(_bars(result.gaps.summary))))
     khat = frame["khat"].dropna().to_numpy()
     if len(khat):
         text = "One value for each row. Solid: above the threshold; their share stands at the right."

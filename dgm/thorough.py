@@ -82,7 +82,9 @@ def add_parts(
                 result.summary["annealed_bound_mc_se"] = result.annealed.mc_se
             else:
                 fitted = None if train is None else spaced(as_tensors(train), ROWS)[0]
-                result.gaps = gaps(model, guide, *some, train=fitted, seed=seed, plates=plates)
+                result.gaps = gaps(
+                    model, guide, *some, train=fitted, log_evidence=result.annealed, seed=seed, plates=plates
+                )
                 result.summary["approximation_gap"] = result.gaps.summary["approximation"]
                 result.summary["amortization_gap"] = result.gaps.summary["amortization"]
         except DGMError as error:

@@ -164,11 +164,11 @@ def _predictions(result: Evaluation) -> Iterator[Verdict]:
     count = len(result.per_datum)
     if isinstance(prediction, GaussianPrediction):
         inside = round(prediction.coverage(0.95) * count)
-        low, high = binom.ppf([0.005, 0.995], count, 0.95)
+        low, high = (int(binom.ppf(p, count, 0.95)) for p in (0.005, 0.995))
         right = low <= inside <= high
         tone = "as they should" if right else ("too few: over-confident" if inside < low else "too many: too cautious")
         says = f"95 % predictive intervals cover {100 * inside / count:.1f} % of the held-out rows, {tone}."
-        rests = f"{inside} of {count} rows; by chance {int(low)} to {int(high)} (99 %)"
+        rests = f"{inside} of {count} rows; by chance {low} to {high} (99 %)"
         yield Verdict("calibration", "good" if right else "bad", says, rests)
         return
     confidence = float(prediction.probs.max(-1).values.mean())
