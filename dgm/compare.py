@@ -91,7 +91,8 @@ def compare(
 
     Guides are ranked by the mean over seeds and held-out data of the K-sample bound on log p(x) (local latents), or of
     the log predictive density (global latents). Differences to the best are paired over seeds and data; their standard
-    error counts both. A guide *ties* where the 95 % interval of its difference holds zero.
+    error counts both. A guide has the *ranks* that Holm's correction over all pairs leaves open at 5 %, and *ties*
+    where the first is among them.
 
     Args:
         model: makes the model when called without arguments (`lambda: VAE(64)`), or is a module, copied for each run.

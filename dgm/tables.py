@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from .pairs import rank_cells
 from .style import count, limit, share, shorten
 
 FEW = 5  # ties that the verdict names
@@ -97,13 +98,15 @@ def columns(table: pd.DataFrame, meta: Mapping[str, Any]) -> list[Column]:
     }
     values, errors = numbers(table, score), numbers(table, f"{score}_se")
     digits = _digits(errors)
-    out = [
+    ranks = "places that survive Holm's correction over all pairs of guides: all hold together with 95 %"
+    out = [Column("rank", rank_cells(table), ranks)] if numbers(table, "rank_low").notna().any() else []
+    out += [
         Column(score.replace("_", "-"), _with_errors(values, errors, digits), meanings[score]),
         Column(
             "difference to best",
             _differences(table, score, digits),
             "taken datum by datum and seed by seed, so its error is smaller than that of the scores themselves; "
-            "tie: its 95 % interval, which is wide where seeds are few, holds zero",
+            "tie: no guide is better at 5 % after Holm's correction over all pairs, so that it may be the best",
         ),
     ]
     if score == "log_likelihood":
