@@ -6,8 +6,6 @@ Bayesian deep learning", 2022: predictions of a method against those of long Ham
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -169,18 +167,28 @@ def compare_to_reference(prediction: Prediction, reference: Prediction) -> dict[
     ['wasserstein2', 'wasserstein2_floor']
     """
     first, second = halves(reference)
-    measures: Callable[..., dict[str, float]]
-    if isinstance(reference, GaussianPrediction) and isinstance(prediction, GaussianPrediction):
-        measures = _gaussian
-    elif isinstance(reference, CategoricalPrediction) and isinstance(prediction, CategoricalPrediction):
-        measures = _categorical
-    else:
-        raise DataError(
-            f"the method gives a {type(prediction).__name__}, the reference a {type(reference).__name__}: both must "
-            "be predictions of the same model"
-        )
-    floor = measures(first, second)
-    return measures(prediction, reference) | {f"{name}_floor": value for name, value in floor.items()}
+    found, floor = measures(prediction, reference), measures(first, second)
+    return found | {f"{name}_floor": value for name, value in floor.items()}
+
+
+def measures(a: Prediction, b: Prediction) -> dict[str, float]:
+    """The distances of two predictions of the same data, and the differences of their scores, a minus b.
+
+    Raises:
+        DataError: a regression against a classification, or other data.
+    """
+    _same_data(a, b)
+    scores = {"log_likelihood_difference": a.log_likelihood() - b.log_likelihood()}
+    if isinstance(a, GaussianPrediction) and isinstance(b, GaussianPrediction):
+        w2, tv = mixture_distances(a, b)
+        own = {"wasserstein2": w2.mean().item(), "total_variation": tv.mean().item()}
+        return own | scores | {"rmse_difference": a.rmse() - b.rmse()}
+    if isinstance(a, CategoricalPrediction) and isinstance(b, CategoricalPrediction):
+        own = {"agreement": agreement(a.probs, b.probs), "total_variation": total_variation(a.probs, b.probs)}
+        return own | scores | {"accuracy_difference": a.accuracy() - b.accuracy()}
+    raise DataError(
+        f"one is a {type(a).__name__}, the other a {type(b).__name__}: both must be predictions of the same model"
+    )
 
 
 def halves(reference: Prediction) -> tuple[Prediction, Prediction]:
@@ -200,26 +208,6 @@ def halves(reference: Prediction) -> tuple[Prediction, Prediction]:
             GaussianPrediction(loc[half:], scale[half:], y, y_std),
         )
     return CategoricalPrediction(whole[:half], reference.y), CategoricalPrediction(whole[half:], reference.y)
-
-
-def _gaussian(a: GaussianPrediction, b: GaussianPrediction) -> dict[str, float]:
-    w2, tv = mixture_distances(a, b)
-    return {
-        "wasserstein2": w2.mean().item(),
-        "total_variation": tv.mean().item(),
-        "log_likelihood_difference": a.log_likelihood() - b.log_likelihood(),
-        "rmse_difference": a.rmse() - b.rmse(),
-    }
-
-
-def _categorical(a: CategoricalPrediction, b: CategoricalPrediction) -> dict[str, float]:
-    _same_data(a, b)
-    return {
-        "agreement": agreement(a.probs, b.probs),
-        "total_variation": total_variation(a.probs, b.probs),
-        "log_likelihood_difference": a.log_likelihood() - b.log_likelihood(),
-        "accuracy_difference": a.accuracy() - b.accuracy(),
-    }
 
 
 def _same_data(a: Prediction, b: Prediction) -> None:

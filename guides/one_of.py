@@ -1,15 +1,15 @@
-"""Draws of a sampler: one of them at random as a distribution, and how well they were mixed."""
+"""Draws of a sampler: one of them at random as a distribution."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
+
+from dgm.mixing import diagnose  # noqa: F401  (it was born here, and is imported from here)
 
 __all__: list[str] = []  # nothing for the registry
 
@@ -45,18 +45,3 @@ class OneOf(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> OneOf:
         return OneOf(self.rows, Size(batch_shape))
-
-
-def diagnose(drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """R-hat and bulk effective sample size of each coordinate, `(d,)`, of draws `(chains, draws, d)`."""
-    from arviz_stats.base import array_stats  # a second to import, and only here
-
-    values = np.moveaxis(drawn.double().cpu().numpy(), -1, 0)  # (d, chains, draws)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a coordinate that never moved
-        found = [
-            array_stats.rhat(values, chain_axis=1, draw_axis=2),
-            array_stats.ess(values, chain_axis=1, draw_axis=2),
-        ]
-    rhat, ess = (torch.as_tensor(np.asarray(item, dtype=float)) for item in found)
-    return rhat, ess
