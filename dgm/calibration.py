@@ -23,7 +23,7 @@ from .posterior_ranks import PosteriorRanks
 from .posthoc import finishers
 from .programs import Program, evaluating, owner, preserved_rng, program_name, with_home
 from .rank_tests import number_of_bins
-from .simulate import Simulation, simulate_sets
+from .simulate import Simulation, as_template, simulate_sets
 from .sites import DATA_PLATE, latents
 from .verdicts import Verdict
 from .weights import refuse_untrained
@@ -158,7 +158,7 @@ def calibrate(
     False
     """
     _check(sets, draws, level)
-    plates = set(plates)
+    plates, template = set(plates), as_template(template)
     found = latents(model, *template, plates=plates)
     if not len(found):
         raise ModelError(f"{program_name(model)} has no latent: there is no posterior to calibrate")
@@ -300,7 +300,7 @@ def _frame(ranks: PosteriorRanks, draws: int, most: int | None, seed: int, faile
     """The tidy ranks; `most` cases at most."""
     generator = np.random.default_rng(seed)
     names = ranks.names()
-    parts: list[pd.DataFrame] = []
+    parts: dict[str, list[np.ndarray]] = {"set": [], "row": [], "rank": [], "z": []}
     left = most if most is not None else math.inf
     with preserved_rng(seed + 1):
         for i, rank, z in ranks.ranks(draws, generator):
@@ -309,19 +309,19 @@ def _frame(ranks: PosteriorRanks, draws: int, most: int | None, seed: int, faile
             good = np.flatnonzero(rank[:keep, 0] >= 0)
             if len(good) < keep:
                 failed[ranks.used[i]] = f"{keep - len(good)} of its cases have draws that are not finite"
-            shape = (len(good), len(names))
-            u = (rank[good] + generator.uniform(size=shape)) / (draws + 1)
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "set": ranks.used[i],
-                        "row": np.repeat(good, len(names)),
-                        "site": [site for site, _ in names] * len(good),
-                        "coordinate": [label for _, label in names] * len(good),
-                        "rank": rank[good].ravel(),
-                        "u": u.ravel(),
-                        "z": z[good].ravel(),
-                    }
-                )
-            )
-    return pd.concat(parts, ignore_index=True)
+            new = {"set": np.full(len(good), ranks.used[i]), "row": good, "rank": rank[good], "z": z[good]}
+            for name, values in new.items():
+                parts[name].append(values)
+    columns = {name: np.concatenate(values) for name, values in parts.items()}
+    rank, cases = columns["rank"], len(columns["set"])
+    return pd.DataFrame(
+        {
+            "set": np.repeat(columns["set"], len(names)),
+            "row": np.repeat(columns["row"], len(names)),
+            "site": [site for site, _ in names] * cases,
+            "coordinate": [label for _, label in names] * cases,
+            "rank": rank.ravel(),
+            "u": ((rank + generator.uniform(size=rank.shape)) / (draws + 1)).ravel(),
+            "z": columns["z"].ravel(),
+        }
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import GuideError
 from .log_joint import by_row, data_frame
 from .pair import Pair
-from .programs import evaluating, preserved_rng, program_name
+from .programs import evaluating, program_name
 from .runs import Graphs, Runs
 from .simulate import Simulation
 from .sites import Site
@@ -101,7 +101,7 @@ class PosteriorRanks:
     def truth(self, i: int) -> Tensor:
         """The same of what made the data."""
         pair, r = self.pair(i), self.used[i]
-        with evaluating(pair.model, pair.guide), pair.running(), preserved_rng(0):
+        with evaluating(pair.model, pair.guide), pair.running():
             return self.columns(pair, self.found.latent(r), self.found.batch(r))
 
     def ranks(self, draws: int, generator: np.random.Generator) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.distributions import ImproperUniform, Unit
 from torch import Tensor
 
+from .data import as_tensors
 from .errors import ModelError, OptionError
 from .noise import recording, replaying
 from .programs import Program, bound, evaluating, isolated, preserved_rng, program_name, with_home
@@ -97,6 +98,7 @@ def simulate_sets(model: Program, *template: Any, sets: int, seed: int = 0) -> S
     """
     if isinstance(sets, bool) or not isinstance(sets, int) or sets < 1:
         raise OptionError(f"sets is {sets!r}, expected a whole number of data sets, at least 1")
+    template = as_template(template)
     arguments, latents = _read(model, template)
     home, run = with_home(model)[1], _runner(model)
     with preserved_rng(seed), evaluating(model, home), isolated(validate=False):
@@ -114,6 +116,14 @@ def simulate_sets(model: Program, *template: Any, sets: int, seed: int = 0) -> S
     found = Simulation(data, values, tuple(template), arguments)
     _check_free(model, found)
     return found
+
+
+def as_template(template: Sequence[Any]) -> tuple[Any, ...]:
+    """A batch with numpy and pandas as tensors; all else as it is."""
+    return tuple(
+        as_tensors(item)[0] if hasattr(item, "__array__") and not isinstance(item, Tensor) else item
+        for item in template
+    )
 
 
 def _runner(model: Program) -> Callable[..., Any]:

@@ -111,6 +111,29 @@ def test_the_wrong_prior_is_missed_by_symmetry_alone() -> None:
     assert m["p_bins"] < 1e-9 and m["cover_90_high"] < 0.6
 
 
+def hierarchy(x: Tensor) -> None:
+    """m ~ N(0, 1), z_n ~ N(m, 1), x_n ~ N(z_n, 1)."""
+    m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(("local", "caught"), [(1.0, False), (0.4, True)])
+def test_global_and_local_latents_together(local: float, caught: bool) -> None:
+    """A set is one case, and the first row stands for its latents: those of one set depend on one another."""
+
+    def guide(x: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(x.sum() / (len(x) + 2), (1 / (1 + len(x) / 2)) ** 0.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((m + x) / 2, local * 0.5**0.5))
+
+    result = calibrate(hierarchy, guide, torch.zeros(8), trained=True, sets=300)
+    assert list(result.table["coordinate"]) == ["m", "z", "log likelihood", "log joint"] and result.cases == 300
+    assert result.calibrated is not caught
+    assert (row(result, "z")["p_holm"] < 1e-6) is caught and row(result, "m")["p_holm"] > 0.05
+
+
 # --- latents of each datum, under a guide that is not fitted again ----------------------------------------------------
 
 
@@ -222,7 +245,7 @@ def test_global_latents_of_the_exact_family(monkeypatch: pytest.MonkeyPatch) -> 
 
 def correlated() -> tuple[BayesianLinearRegression, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20, 1, generator=generator) + 0.3 * torch.randn(20, 2, generator=generator)
+    x = torch.randn(20, 1, generator=generator) + 0.6 * torch.randn(20, 2, generator=generator)
     return BayesianLinearRegression(2, noise=0.5), x, torch.zeros(20)
 
 
@@ -232,10 +255,10 @@ def test_a_diagonal_guide_of_correlated_weights_fails_in_coverage() -> None:
     covariance = model.posterior(x, y).covariance_matrix
     ratio = float((covariance.inverse().diagonal() * covariance.diagonal()).sqrt()[0])
     assert ratio > 2
-    result = calibrate(model, partial(Global, family=DiagonalNormal), x, y, trained=False, sets=50, **fitting())
+    result = calibrate(model, partial(Global, family=DiagonalNormal), x, y, trained=False, sets=50, **fitting(300))
     w = row(result, "w[0]")
     assert not result.calibrated and w["cover_90_high"] < 0.9 and w["p_cover"] < 1e-6
-    assert w["p_symmetry"] > 0.05 and w["spread"] == pytest.approx(ratio, rel=4.5 / 100**0.5)
+    assert w["p_symmetry"] > 1e-3 and w["spread"] == pytest.approx(ratio, rel=4.5 / 100**0.5)
     assert "too narrow" in result.verdict.says
 
 

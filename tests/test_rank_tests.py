@@ -12,14 +12,14 @@ from dgm.errors import DataError, OptionError
 from dgm.rank_tests import coverage, histogram, holm, number_of_bins, symmetry, uniform_bins, uniform_ks
 
 
-def rejections(test: object, repetitions: int = 1500, count: int = 120) -> tuple[float, float]:
+def rejections(test: object, repetitions: int = 800, count: int = 120) -> tuple[float, float]:
     """Shares of p-values below 0.05 and 0.5 where positions are uniform."""
     rng = np.random.default_rng(1)
     p = np.array([test(u) for u in rng.uniform(size=(repetitions, count))])  # type: ignore[operator]
     return float((p <= 0.05).mean()), float((p <= 0.5).mean())
 
 
-def is_right(shares: tuple[float, float], repetitions: int = 1500) -> bool:
+def is_right(shares: tuple[float, float], repetitions: int = 800) -> bool:
     """A p-value below t has probability t; for a discrete statistic, a little less."""
     errors = [4.5 * (t * (1 - t) / repetitions) ** 0.5 for t in (0.05, 0.5)]
     return all(t - 0.09 - e < share < t + e for share, t, e in zip(shares, (0.05, 0.5), errors, strict=True))

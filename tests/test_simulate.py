@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -70,6 +71,14 @@ def test_one_set() -> None:
     bayes, (x, y) = bnn.example()
     (same, new_y), latents = simulate(bayes, x, y)
     assert same is x and new_y.shape == y.shape and "network.0.weight" in latents
+
+
+def test_numpy_and_pandas() -> None:
+    model, (x, y) = regression()
+    frame, series = pd.DataFrame(x.numpy()), y.numpy()
+    (same, new), latents = simulate(model, frame, series)
+    expected = simulate(model, x, y)
+    assert torch.equal(same, x) and torch.equal(new, expected[0][1]) and torch.equal(latents["w"], expected[1]["w"])
 
 
 def test_a_reshaped_argument_is_found() -> None:
