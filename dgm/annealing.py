@@ -216,7 +216,7 @@ class _Part:
             betas = checked_schedule(options.schedule, options.steps)
             found = None
             if options.steps > 1:
-                first, most = path.draw(options.chains), max(50, options.steps // 2)
+                first, most = path.draw(options.chains), max(50, options.steps // 4)
                 found = pilot(run, first, options.leapfrogs, scale, options.target, most)
                 betas = found.schedule(options.steps) if betas is None else betas
                 steps = found.steps_at(betas)

@@ -93,10 +93,12 @@ class Path:
             for place, item in zip(places, inputs[:-1], strict=True):
                 batch[place] = item
             with self.pair.running():
-                return torch.func.vmap(lambda u: self._ends(u, batch))(inputs[-1])
+                # which rows a declared plate says it draws is a draw, but no noise of the density
+                return torch.func.vmap(lambda u: self._ends(u, batch), randomness="same")(inputs[-1])
 
         def one_by_one(*inputs: Any) -> tuple[Tensor, ...]:
-            runs = [self._ends(u, list(self.batch)) for u in inputs[-1]]
+            with self.pair.running():
+                runs = [self._ends(u, list(self.batch)) for u in inputs[-1]]
             return tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
 
         u = self.draw(chains)
@@ -155,6 +157,10 @@ def _fastest(ways: Sequence[Callable[..., Any]], inputs: Sequence[Tensor]) -> De
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             if i == len(ways) - 1:
                 raise
+    if not all(torch.allclose(a, b, equal_nan=True) for a, b in zip(way(*given, other), expected, strict=True)):
+        raise ModelError(
+            "the log density is another at each call (dropout, noise that stands in no site): fix it first"
+        )
     if i > 0:
         return lambda v: way(*given, v)
     rounding = 1e-9 if u.dtype == torch.float64 else 1e-4

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.transforms import biject_to
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .errors import DataError, GuideError, did_you_mean
@@ -77,6 +78,8 @@ class GuideDensity:
         self.latents = Latents(own, found.observed, found.plates)
         self.filled = {name for name in self.latents if isinstance(_base(trace.nodes[name]["fn"]), Delta)}
         self.sources = self._sources(found, trace)
+        # which rows a declared plate says it draws: held, for it is no noise of the density
+        self.subsamples = {n: node["value"] for n, node in trace.nodes.items() if site_is_subsample(node)}
         self._verify(trace, batch)
 
     def _sources(self, found: Latents, trace: Any) -> dict[str, Callable[[Values], Tensor]]:
@@ -124,7 +127,7 @@ class GuideDensity:
             raise GuideError(
                 f"{self.name} draws noise that stands in no site: log q is an integral over it and is not known"
             )
-        own_rows, own_rest = log_terms(trace, self.plates, rows)
+        own_rows, own_rest = log_terms(trace, self.plates, rows, guide=True)
         pairs = ((rows, own_rows), (rest, own_rest))
         tolerance = 1e-8 if rows.dtype == torch.float64 else 1e-3
         if not all(torch.allclose(a, b, rtol=tolerance, atol=10 * tolerance) for a, b in pairs):
@@ -205,7 +208,9 @@ class GuideDensity:
         # Latents that are filled from a vector follow it: held at their own values they would differ by a rounding.
         sites = {name: source(raw) for name, source in self.sources.items()}
         sites.update((name, values[name]) for name in self.latents if name not in self.filled)
-        return log_terms(held(self.run, sites, batch), self.plates, next(iter(sites.values())))
+        like = next(iter(sites.values()))
+        sites.update(self.subsamples)
+        return log_terms(held(self.run, sites, batch), self.plates, like, guide=True)
 
     def _require(self, values: Values) -> None:
         missing = [name for name in self.latents if name not in values]

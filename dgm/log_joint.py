@@ -228,8 +228,13 @@ def by_row(log_prob: Tensor, node: Any, frame: Any) -> Tensor:
     for f in node["cond_indep_stack"]:
         if f.vectorized and f.full_size is not None and f.full_size != f.size:
             log_prob = log_prob * (f.size / f.full_size)
+    return rows_of(log_prob, frame)
+
+
+def rows_of(log_prob: Tensor, frame: Any) -> Tensor:
+    """`(B,)`: a log density summed for each row of a plate."""
     rows = log_prob.movedim(frame.dim, 0) if log_prob.dim() >= -frame.dim else log_prob.expand(frame.size)
     return rows.reshape(rows.shape[0], -1).sum(-1)
 
 
-__all__ = ["LogJoint", "by_row", "chunks", "data_frame"]
+__all__ = ["LogJoint", "by_row", "chunks", "data_frame", "rows_of"]
