@@ -40,9 +40,8 @@ def bounds_histogram(per_datum: pd.DataFrame) -> Figure:
     if not parts:
         raise DataError("per_datum: expected a finite bound for at least one datum, found none")
     both = np.concatenate(list(parts.values()))
-    edges = (
-        np.linspace(*np.percentile(both, [0.5, 100]), 41) if np.ptp(both) > 0 else np.array([both[0] - 1, both[0] + 1])
-    )
+    low, high = float(np.percentile(both, 0.5)), float(both.max())
+    edges = (np.linspace(low, high, 41) if high > low else np.array([low - 1, low + 1])).tolist()
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
     axes = figure.subplots()
     for name, colour, alpha in (("elbo", COLOURS[1], 0.45), ("bound", COLOURS[0], 0.7)):
