@@ -86,7 +86,10 @@ def mmd(
         squared = _squared_distances(torch.cat([x, y]))  # (m + n, m + n)
         h = bandwidth if bandwidth is not None else _median_distance(squared[m:, m:])
         kernel = torch.stack([(squared / (-2 * (f * h) ** 2)).exp() for f in multiples]).mean(0)
-        p_value = _permutation_p(kernel, m, permutations) if permutations else None
+        p_value = None
+        if permutations:
+            values = _permuted(kernel, m, permutations)
+            p_value = (1 + int((values[1:] >= values[0] - 1e-12).sum())) / (1 + permutations)
     kxx, kyy, kxy = kernel[:m, :m], kernel[m:, m:], kernel[:m, m:]
     unbiased = _off_diagonal(kxx) + _off_diagonal(kyy) - 2 * kxy.mean()
     biased = kxx.mean() + kyy.mean() - 2 * kxy.mean()
@@ -122,18 +125,17 @@ def _off_diagonal(kernel: Tensor) -> Tensor:
     return _row_means(kernel).mean()
 
 
-def _permutation_p(kernel: Tensor, m: int, permutations: int) -> float:
+def _permuted(kernel: Tensor, m: int, permutations: int) -> Tensor:
+    """The unbiased estimate for the labels as they are, and for permutations of them, (1 + P,)."""
     total = len(kernel)
     n = total - m
     labels = torch.stack([torch.randperm(total, device=kernel.device) for _ in range(permutations)]) < m
     labels = torch.cat([(torch.arange(total, device=kernel.device) < m)[None], labels]).to(kernel)
     rows = kernel.sum(1)
-    xx = ((labels @ kernel) * labels).sum(1)  # (P + 1,), the diagonal's m ones included
+    xx = ((labels @ kernel) * labels).sum(1)  # the diagonal's m ones included
     with_all = labels @ rows
     xy, yy = with_all - xx, rows.sum() - 2 * with_all + xx
-    values = (xx - m) / (m * (m - 1)) + (yy - n) / (n * (n - 1)) - 2 * xy / (m * n)
-    beyond = (values[1:] >= values[0] - 1e-12).sum().item()
-    return (1 + beyond) / (1 + permutations)
+    return (xx - m) / (m * (m - 1)) + (yy - n) / (n * (n - 1)) - 2 * xy / (m * n)
 
 
 def _squared_distances(draws: Tensor) -> Tensor:

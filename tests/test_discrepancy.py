@@ -65,6 +65,14 @@ def test_permutation_p_values_are_uniform_where_the_sets_are_alike_and_small_whe
     assert mmd(normal(100, loc=0.7), normal(100, seed=1), permutations=99).p_value == 0.01
 
 
+def test_what_is_permuted_is_the_estimate_itself():
+    pooled = torch.cat([normal(12, loc=1.0), normal(20, seed=1)])
+    kernel = (-torch.cdist(pooled, pooled).square() / 2).exp()
+    found = mmd(pooled[:12], pooled[12:], bandwidth=1.0, standardise=False)
+    values = two_sample._permuted(kernel, 12, 50)
+    assert values[0].item() == pytest.approx(found.squared) and values[1:].max() < values[0]
+
+
 def test_the_kernel_is_the_references_own_whatever_is_judged_by_it():
     reference = normal(200)
     near, far = mmd(normal(200, seed=1), reference), mmd(normal(200, loc=50.0, seed=1), reference)
