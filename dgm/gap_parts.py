@@ -1,4 +1,4 @@
-"""What a gap is made of, for each row of one set: two ELBOs by common draws, and the evidence that stands above them."""
+"""What a gap is made of, for each row of one set: two ELBOs by common draws, and the evidence above them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Stream:
 
     def __init__(self) -> None:
         self.summary = LogWeightSummary()
+        self._lse = self._tilted = torch.zeros(0)
 
     def update(self, log_weights: Tensor) -> None:
         lse = torch.logsumexp(log_weights, 0)
@@ -247,7 +248,7 @@ def _exact(given: Any, rows: int, device: torch.device, name: str) -> Tensor:
 def _check(estimate: Estimate, rows: int, name: str) -> None:
     if estimate.side != "lower":
         raise OptionError(
-            f"{name}: {estimate.method} is an upper bound of log p(x); the gaps are measured from the best lower bound: "
+            f"{name}: {estimate.method} is an upper bound of log p(x); gaps are measured from the best lower bound: "
             "give that, or exact values as a tensor"
         )
     if len(estimate.values) != rows:

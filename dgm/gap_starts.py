@@ -85,6 +85,7 @@ def starts(model: Program, guide: Any, batch: Sequence[Any], packing: Packing, f
             "q of each datum is, gaps(..., family=DiagonalNormal)"
         )
     make: Callable[[], nn.Module] | None
+    member: nn.Module
     if family is not None:
         heads = importlib.import_module("dgm.guides.family")
         make = lambda: heads.make_family(family, packing.size, dtype=packing.dtype)  # noqa: E731
@@ -94,8 +95,7 @@ def starts(model: Program, guide: Any, batch: Sequence[Any], packing: Packing, f
             own = None
         member = own[0] if own is not None else member
     else:
-        assert_own: Any = own
-        member = assert_own[0]
+        member = own[0] if own is not None else part.family
         make = files.fresh(part.family, member, packing.size)
     loc, scale = _moments(model, guide, batch, packing, seed)
     values: dict[str, Values] = {}
@@ -144,11 +144,11 @@ def _moment_start(make: Callable[[], nn.Module], loc: Tensor, scale: Tensor) -> 
         member: Any = make()
         if not hasattr(member, "initialise"):
             return None
-        rows = []
+        rows: list[Values] = []
         for m, s in zip(loc, scale, strict=True):
             member.initialise(m, s)
-            rows.append({name: p.detach().clone() for name, p in member.named_parameters()})
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            rows.append(_repeated(member, 1))
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def _repeated(member: nn.Module, rows: int) -> Values:

@@ -28,6 +28,8 @@ WHAT = {
     "total": "log p(x) - ELBO of q",
 }
 
+PREFIXES = {"held-out": "", "train": "train_", "train - held-out": "generalisation_"}
+
 MEANING: dict[Mode, str] = {
     "fixed decoder": "the model was not trained with this guide: gaps of several guides compare the guides",
     "joint training": "the model adapted to this guide: gaps of several guides are gaps of several models",
@@ -103,31 +105,29 @@ class Gaps:
 
         Columns are (rows, "mean" | "se" | "mc_se"); it carries the mode and what log p(x) is in `attrs`.
         """
-        columns = {"held-out": ""}
-        if self.train is not None:
-            columns |= {"train": "train_", "train - held-out": "generalisation_"}
         found = {
-            (name, label): [self.summary[f"{prefix}{what}{end}"] for what in WHAT]
-            for name, prefix in columns.items()
+            (name, label): [self.summary[f"{PREFIXES[name]}{what}{end}"] for what in WHAT]
+            for name in self._sets()
             for label, end in (("mean", ""), ("se", "_se"), ("mc_se", "_mc_se"))
         }
         frame = pd.DataFrame(found, index=list(WHAT))
         frame.attrs = {"mode": self.mode, "evidence": self.evidence, "family": self.family}
         return frame
 
+    def _sets(self) -> list[str]:
+        return list(PREFIXES) if self.train is not None else ["held-out"]
+
     def __repr__(self) -> str:
-        table = self.table()
-        names = list(dict.fromkeys(name for name, _ in table.columns))
-        rows = f"{len(self.per_datum)} held-out" + (f" and {len(self.train)} training" if self.train is not None else "")
+        s, names = self.summary, self._sets()
+        shown = f"{len(self.per_datum)} held-out" + (
+            f" and {len(self.train)} training" if self.train is not None else ""
+        )
         wide = max(map(len, WHAT.values()))
-        lines = [f"{self.guide}, {self.mode}, {rows} rows; nats, ± over data (± over draws)"]
+        lines = [f"{self.guide}, {self.mode}, {shown} rows; nats, ± over data (± over draws)"]
         lines.append(" " * wide + "".join(f"{name:>28}" for name in names))
         for what, told in WHAT.items():
-            cells = [
-                f"{table.loc[what, (n, 'mean')]:.3f} ± {table.loc[what, (n, 'se')]:.3f}"
-                f" ({table.loc[what, (n, 'mc_se')]:.3f})"
-                for n in names
-            ]
+            keys = [f"{PREFIXES[name]}{what}" for name in names]
+            cells = [f"{s[key]:.3f} ± {s[f'{key}_se']:.3f} ({s[f'{key}_mc_se']:.3f})" for key in keys]
             lines.append(told.ljust(wide) + "".join(f"{cell:>28}" for cell in cells))
         state = f"converged in {self.steps} steps" if self.converged else "not converged"
         lines.append(f"log p(x): {self.evidence}; q*: {self.family}, {state}; ELBOs of {self.num_samples} draws")

@@ -18,11 +18,12 @@ from .estimate import Estimate
 from .gap_parts import Part, Stream, choose_evidence
 from .gap_starts import Starts, local_part, starts
 from .gap_table import MODES, Gaps, Mode
-from .local_fit import LocalFit, Rule, compared, frozen, log_weights_of, optimise
+from .local_fit import Rule, compared, frozen, log_weights_of, optimise
 from .pace import Compile
 from .pair import Pair
+from .plain_plates import PlainPlates
 from .posthoc import has_density
-from .programs import Program, preserved_rng, program_name
+from .programs import Program, program_name
 from .runs import Graphs
 from .sites import DATA_PLATE, Packing, latents
 from .weights import LogWeightSampler, refuse_untrained
@@ -72,8 +73,8 @@ def gaps(
     that a negative amortization gap is chance, and stands as it is. The same on training rows shows what of the gap is
     a lack of generalisation.
 
-    log p(x) is exact where it is given as a tensor; else the best *lower* bound by its mean over all data: the given
-    estimates, and the importance bounds of both guides from the very draws of their ELBOs. One of them, never a mixture.
+    log p(x) is exact where it is given as a tensor; else the best *lower* bound by its mean over all data: of the given
+    estimates, and of the importance bounds of both guides by the draws of their ELBOs. One of them, never a mixture.
 
     Reference: Cremer, Li, Duvenaud, "Inference suboptimality in variational autoencoders", 2018.
 
@@ -115,7 +116,9 @@ def gaps(
         if len(batch[0]) < 2:
             raise DataError(f"{name}: {len(batch[0])} row; gaps need at least 2 for an error over data")
     given = {"held-out": log_evidence, "train": train_log_evidence}
-    pair, packing = _checked(model, guide, sets["held-out"], plates)
+    pair, packing, declared = _checked(model, guide, sets["held-out"], plates)
+    if declared:  # log p of one datum has no scale
+        model = PlainPlates(model)
     mode = mode if mode is not None else ("joint training" if _trainable(pair) else "fixed decoder")
     with frozen(pair):
         job = _Job(model, guide, packing, family, rule, num_samples, seed, plates, compile)
@@ -147,8 +150,8 @@ def _tensors(data: Sequence[Any]) -> tuple[Tensor, ...]:
     return as_tensors(flat[0] if len(flat) == 1 else tuple(flat), dtype=dtype)
 
 
-def _checked(model: Program, guide: Program, batch: Sequence[Any], plates: set[str]) -> tuple[Pair, Packing]:
-    """The pair and its local latents, or an error that says why there are no gaps of it."""
+def _checked(model: Program, guide: Program, batch: Sequence[Any], plates: set[str]) -> tuple[Pair, Packing, bool]:
+    """The pair, its local latents, and whether a plate declares its full size; or an error why there are no gaps."""
     found = latents(model, *batch, plates=plates)
     if found.global_:
         raise ModelError(
@@ -173,7 +176,8 @@ def _checked(model: Program, guide: Program, batch: Sequence[Any], plates: set[s
             f"{program_name(guide)} has no density (a point): it has no ELBO and so no gap; give a family with one, "
             "such as DiagonalNormal"
         )
-    return pair, Packing(found.local)
+    declared = any(frame.full_size not in (None, frame.size) for frame in found.plates.values())
+    return pair, Packing(found.local), declared
 
 
 def _trainable(pair: Pair) -> bool:
@@ -202,9 +206,9 @@ class _Job:
         total, first, blocks = len(batch[0]), 0, list[Part]()
         while first < total:
             seeds = [int(s) for s in np.random.SeedSequence([self.seed, first]).generate_state(4)]
-            begin = self._starts(tuple(t[first : first + ROWS] for t in batch), seeds[3])
+            begin = self._starts(tuple(t[first : first + ROWS + 1] for t in batch), seeds[3])
             rows = max(2, min(ROWS // len(begin.values), NUMBERS // begin.numbers))
-            rows -= total - first - rows == 1  # one row alone has no error
+            rows += total - first - rows == 1  # one row alone has no error
             block = tuple(t[first : first + rows] for t in batch)
             blocks.append(self._block(block, begin.rows(rows), seeds))
             first += len(block[0])
@@ -234,7 +238,8 @@ class _Job:
             self.model, free, stack, self.rule, unit=begin.unit, seed=seeds[0], plates=self.plates,
             compile=self.compile,
         )  # fmt: skip
-        way = self._chosen(best, star, fit, len(ways), seeds[CHOOSE])
+        found = [{n: v.chunk(len(ways))[i] for n, v in fit.parameters.items()} for i in range(len(ways))]
+        way = choose(best, star, found, 2 * self.rule.samples, seeds[CHOOSE])
         rows = torch.arange(len(way), device=way.device)
         return Part.of(
             *_reported(q, star, self.samples, seeds[REPORT]),
@@ -242,23 +247,6 @@ class _Job:
             gain=fit.gain.reshape(len(ways), -1)[way, rows],
             fit=fit,
         )
-
-    def _chosen(self, best: Any, star: LogWeightSampler, fit: LocalFit, ways: int, seed: int) -> Tensor:
-        """Leave each row's best members in `best`; `(B,)`, the number of the start that they came from."""
-        found = [{n.removeprefix("members."): v.chunk(ways)[i] for n, v in fit.parameters.items()} for i in range(ways)]
-        chosen, samples = found[0], 2 * self.rule.samples
-        chunk = star.runs.chunk(samples)
-        _set(best, chosen)
-        weights = log_weights_of(star, samples, chunk, seed)
-        way = torch.zeros(weights.shape[1], dtype=torch.long, device=weights.device)
-        for i, other in enumerate(found[1:], 1):
-            _set(best, other)
-            rival = log_weights_of(star, samples, chunk, seed)
-            gain, error = compared(rival, weights)
-            better = gain > error
-            weights, way = torch.where(better, rival, weights), torch.where(better, i, way)
-        _set(best, {n: torch.stack([f[n] for f in found])[way, torch.arange(len(way))] for n in chosen})
-        return way
 
     def _free(self, begin: Starts, batch: Sequence[Tensor]) -> Any:
         import importlib
@@ -279,10 +267,27 @@ class _Job:
         return begin.without("encoder")
 
 
+def choose(free: Any, sampler: LogWeightSampler, found: Sequence[dict[str, Tensor]], samples: int, seed: int) -> Tensor:
+    """Give each row of `free` the best of its members; `(B,)`, which. A later one must be better beyond its error."""
+    _set(free, found[0])
+    chunk = sampler.runs.chunk(samples)
+    weights = log_weights_of(sampler, samples, chunk, seed)
+    way = torch.zeros(weights.shape[1], dtype=torch.long, device=weights.device)
+    for i, other in enumerate(found[1:], 1):
+        _set(free, other)
+        rival = log_weights_of(sampler, samples, chunk, seed)
+        gain, error = compared(rival, weights)
+        better = gain > error
+        weights, way = torch.where(better, rival, weights), torch.where(better, i, way)
+    rows = torch.arange(len(way), device=way.device)
+    _set(free, {name: torch.stack([members[name] for members in found])[way, rows] for name in found[0]})
+    return way
+
+
 @torch.no_grad()
 def _set(free: Any, values: dict[str, Tensor]) -> None:
     for name, value in values.items():
-        free.members[name.replace(".", "|")].copy_(value)
+        free.members[name.removeprefix("members.").replace(".", "|")].copy_(value)
 
 
 def _segments(samples: int) -> Iterator[tuple[int, int]]:

@@ -110,7 +110,7 @@ def optimise(
         unit: the latents' own scale: step sizes of parameters that are locations are in it.
         seed: of the draws; those of the steps and those of the evaluations are others.
     """
-    parameters = dict(free.named_parameters())
+    parameters: dict[str, Tensor] = dict(free.named_parameters())
     places = [n for n in parameters if n.split(".")[-1].split("|")[0] == "loc"]
     units = [unit if name in places else 1.0 for name in parameters]
     optimiser = torch.optim.Adam(

@@ -1,4 +1,4 @@
-"""A conditional density at given contexts, as members that each have their own parameters: where a free guide starts."""
+"""A conditional density at given contexts, as members with their own parameters: where a free guide starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Members = tuple[nn.Module, dict[str, Tensor]]
 
 
 def freed(family: nn.Module, context: Tensor) -> Members:
-    """The densities F(u; c_n) of a family as a member without context and its parameters phi_n: F(u; phi_n) = F(u; c_n).
+    """The densities F(u; c_n) of a family as a member without context and its parameters phi_n: F(u; phi_n).
 
     A head W c + b becomes the number that it gives, a conditioner's W c a part of its first bias; the rest is copied
     for each row. A family that reads its context in another way keeps it, as one more parameter of each row. Which of
@@ -41,7 +41,7 @@ def freed(family: nn.Module, context: Tensor) -> Members:
         baked = _baked(family, context)
         if _same(family, context, *baked):
             return baked
-    except Exception:  # noqa: BLE001, S110  # a family of somebody's own may fail in any way without its context
+    except Exception:  # a family of somebody's own may fail in any way without its context
         pass
     return _held(family, context)
 
@@ -55,7 +55,7 @@ def fresh(family: nn.Module, member: nn.Module, features: int) -> Callable[[], n
     try:
         with preserved_rng(0):
             made = make()
-    except Exception:  # noqa: BLE001  # a class of somebody's own may want anything
+    except Exception:  # a class of somebody's own may want anything
         return None
     return make if _shapes(made) == _shapes(member) else None
 
@@ -68,7 +68,7 @@ def _baked(family: nn.Module, context: Tensor) -> Members:
         prefix = f"{name}." if name else ""
         if isinstance(part, Head) and part.weight is not None:
             told[f"{prefix}bias"] = part(context)
-            part.weight = None
+            part.register_parameter("weight", None)
         elif isinstance(part, Conditioner) and part.context is not None:
             told[f"{prefix}layers.0.bias"] = part.layers[0].bias + part.context(context)
             part.context = None
