@@ -43,7 +43,10 @@ LARGEST_Z = 3.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Budget of every row. draws: of each guide, for its moments. chains, samples, warmup, depth: of NUTS."""
+    """Budget of every row.
+
+    draws: of each guide, for its moments; mmd_draws: for the discrepancy. chains, samples, warmup, depth: of NUTS.
+    """
 
     steps: int = 1000
     lr: float = 0.03
@@ -51,6 +54,7 @@ class Settings:
     seeds: int = 1
     draws: int = 10_000
     khat_draws: int = 4000
+    mmd_draws: int = 2000
     chains: int = 4
     samples: int = 500
     warmup: int = 300
@@ -124,7 +128,7 @@ def scores(posterior: Posterior, start: Start, model: Any, guide: Any, settings:
         weights = dgm.log_weights(model, guide, *batch, num_samples=settings.khat_draws, seed=1).double()
         out |= {"elbo": float(weights.mean()), "khat": float(pareto_k(weights))}
     trained = guide.parameters() if isinstance(guide, nn.Module) else ()
-    return out | {"parameters": sum(p.numel() for p in trained)} | compared(posterior, parameters)
+    return out | {"parameters": sum(p.numel() for p in trained)} | compared(posterior, parameters, settings)
 
 
 def guide_draws(model: Any, guide: Any, batch: Sequence[Tensor], count: int, seed: int) -> Tensor:
@@ -140,7 +144,7 @@ def guide_draws(model: Any, guide: Any, batch: Sequence[Tensor], count: int, see
         return torch.cat([part[0] for part in runs.passes(count)])
 
 
-def compared(posterior: Posterior, parameters: Tensor) -> dict[str, float]:
+def compared(posterior: Posterior, parameters: Tensor, settings: Settings) -> dict[str, float]:
     """Errors of moments in reference standard deviations, and the squared maximum mean discrepancy."""
     errors = moment_errors(parameters, posterior.reference)
     return {
@@ -149,7 +153,7 @@ def compared(posterior: Posterior, parameters: Tensor) -> dict[str, float]:
         "sd_error": errors.worst_log_sd,
         "sd_ratio_least": float(errors.sd_ratio.min()),
         "sd_ratio_most": float(errors.sd_ratio.max()),
-        "mmd2": mmd(parameters, posterior.reference, max_draws=2000).squared,
+        "mmd2": mmd(parameters, posterior.reference, max_draws=settings.mmd_draws).squared,
     }
 
 
@@ -174,7 +178,7 @@ def nuts_row(posterior: Posterior, start: Start, settings: Settings) -> dict[str
         "beyond_z": int((z.abs() > LARGEST_Z).sum()), "rhat": float(rhat.max()), "ess": float(ess.min()),
         "divergences": int(guide.divergences), "cut": float(guide.full),
     }  # fmt: skip
-    return out | compared(posterior, parameters)
+    return out | compared(posterior, parameters, settings)
 
 
 def agreement(drawn: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
