@@ -31,8 +31,10 @@ from dgm.guides.global_ import Global
 from dgm.guides.point import Point
 from dgm.models.bayesian_linear_regression import BayesianLinearRegression
 from dgm.models.linear_vae import LinearVAE
+from dgm.pair import Pair
 from dgm.posterior_ranks import PosteriorRanks
 from dgm.runs import Runs
+from dgm.simulate import simulate_sets
 
 Program = Callable[..., Any]
 ROWS = 15
@@ -84,6 +86,8 @@ def test_bias() -> None:
     m = row(result, "m")
     assert not result.calibrated and m["p_symmetry"] < 1e-6 and m["p_ks"] < 1e-6
     assert m["bias"] == pytest.approx(-0.15 / EXACT, abs=4.5 * m["bias_se"])
+    u = result.frame.loc[result.frame["coordinate"] == "m", "u"]
+    assert u.mean() < 0.4, "a truth below the draws has a low rank"
     assert "m: " in result.verdict.says and "the truth lies -0." in result.verdict.says
 
 
@@ -132,6 +136,28 @@ def test_global_and_local_latents_together(local: float, caught: bool) -> None:
     assert list(result.table["coordinate"]) == ["m", "z", "log likelihood", "log joint"] and result.cases == 300
     assert result.calibrated is not caught
     assert (row(result, "z")["p_holm"] < 1e-6) is caught and row(result, "m")["p_holm"] > 0.05
+
+
+def test_what_is_ranked() -> None:
+    """The latents of the first row, log p(x | z) and log p(x, z) of a set; or those of each row."""
+    x = torch.zeros(8)
+    found = simulate_sets(hierarchy, x, sets=3)
+    sites = list(dgm.latents(hierarchy, x).values())
+    whole = PosteriorRanks([Pair(hierarchy, hierarchy)], found, [0, 1, 2], sites, {"data"}, per_row=False)
+    m, z, data = found.latents["m"][2], found.latents["z"][2], found.data[0][2]
+    likelihood = dist.Normal(z, 1.0).log_prob(data).sum()
+    joint = likelihood + dist.Normal(m, 1.0).log_prob(z).sum() + dist.Normal(0.0, 1.0).log_prob(m)
+    torch.testing.assert_close(whole.truth(2), torch.stack([m, z[0], likelihood, joint])[None])
+    model, rows = linear_vae()
+    many = simulate_sets(model, rows, sets=2)
+    each = PosteriorRanks(
+        [Pair(model, of_rows(model))], many, [0, 1], list(dgm.latents(model, rows).values()), {"data"}, True
+    )
+    z, data = many.latents["z"][1], many.data[0][1]
+    with torch.no_grad():
+        likelihood = model.decode(z).log_prob(data)
+    joint = likelihood + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(each.truth(1), torch.cat([z, likelihood[:, None], joint[:, None]], 1))
 
 
 # --- latents of each datum, under a guide that is not fitted again ----------------------------------------------------
@@ -323,6 +349,13 @@ def test_the_verdict_rejects_an_exact_guide_as_often_as_it_says() -> None:
         frame["z"] = rng.normal(size=180)
         rejected += int(table_of(frame)["p_holm"].min() < 0.05)
     assert 1 <= rejected <= int(binom.ppf(0.999, 150, 0.05))
+
+
+@pytest.mark.slow
+def test_whole_calibrations_reject_an_exact_guide_as_often_as_they_say() -> None:
+    rejected = sum(not of_normal(posterior(), sets=60, draws=50, seed=seed).calibrated for seed in range(100))
+    assert rejected <= int(binom.ppf(0.999, 100, 0.05))
+    assert sum(not of_normal(posterior(scale=0.5), sets=60, draws=50, seed=seed).calibrated for seed in range(20)) >= 19
 
 
 def test_bands_hold_whole_curves() -> None:
