@@ -12,7 +12,7 @@ from scipy.special import stdtr, stdtrit
 
 from .bounds import _mean_squares, clustered_difference, clustered_interval
 
-__all__ = ["LEVEL", "holm", "pair_p_values", "pairwise", "rank_cells", "rank_intervals", "scored"]
+__all__ = ["LEVEL", "decide", "holm", "pair_p_values", "pairwise", "rank_cells", "rank_intervals", "scored"]
 
 LEVEL = 0.05
 """Chance that any of the statements "A is better than B" of a comparison is wrong, at most."""
@@ -59,10 +59,20 @@ def pairwise(rows: pd.DataFrame, per_datum: Mapping[str, np.ndarray], order: lis
     table = pd.DataFrame(found, columns=["a", "b", "difference", "difference_se", "low", "high", "seeds"])
     columns = np.array(squares, dtype=float).reshape(-1, 6).T
     table["p"] = pair_p_values(*columns)
-    table["p_holm"] = holm(table["p"].to_numpy())
-    ahead = np.where(table["difference"] > 0, table["a"], table["b"])
-    table["better"] = pd.Series(np.where(table["p_holm"] <= LEVEL, ahead, ""), table.index, dtype=object)
-    return table
+    return decide(table)
+
+
+def decide(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The columns p_holm and better, for all rows of the frame together: rows of several comparisons may stand in it.
+
+    >>> pairs = pd.DataFrame({"a": ["f", "f"], "b": ["g", "h"], "difference": [1.0, -1.0], "p": [0.01, 0.04]})
+    >>> decide(pairs)["better"].tolist()
+    ['f', 'h']
+    """
+    adjusted = holm(pairs["p"].to_numpy(dtype=float))
+    ahead = np.where(pairs["difference"] > 0, pairs["a"], pairs["b"])
+    better = pd.Series(np.where(adjusted <= LEVEL, ahead, ""), pairs.index, dtype=object)
+    return pairs.assign(p_holm=adjusted, better=better)
 
 
 def pair_p_values(

@@ -35,7 +35,7 @@ def khat_by_row(meta: Mapping[str, Any]) -> bool:
     return str(meta.get("khat_of", "row" if score_name(meta) == "bound" else "run")) == "row"
 
 
-def _digits(errors: pd.Series, least: float = 3.55) -> int:
+def digits_of(errors: pd.Series, least: float = 3.55) -> int:
     """Decimals that a typical standard error deserves: 0.12 and 0.06 have two, 0.4 has one, 0.03 has three.
 
     With least = 1 the error shows one significant digit, whichever it is.
@@ -51,7 +51,7 @@ def numbers(table: pd.DataFrame, name: str) -> pd.Series:
     return pd.to_numeric(table[name], errors="coerce").astype(float).replace([np.inf, -np.inf], np.nan)
 
 
-def _with_errors(values: pd.Series, errors: pd.Series, digits: int) -> list[str]:
+def with_errors(values: pd.Series, errors: pd.Series, digits: int) -> list[str]:
     """Texts such as '-20.31 ± 0.12', of one width, so that the signs ± stand below one another."""
     left = ["–" if np.isnan(v) else f"{v:.{digits}f}" for v in values]
     right = ["" if np.isnan(v) or np.isnan(e) else f" ± {e:.{digits}f}" for v, e in zip(values, errors, strict=True)]
@@ -61,10 +61,10 @@ def _with_errors(values: pd.Series, errors: pd.Series, digits: int) -> list[str]
 
 def _differences(table: pd.DataFrame, score: str, digits: int) -> list[str]:
     value, error = numbers(table, "difference"), numbers(table, "difference_se")
-    digits = max(digits, _digits(error[value != 0], 1.0))
+    digits = max(digits, digits_of(error[value != 0], 1.0))
     first = best_place(table, score)
     rest = np.arange(len(table)) != first
-    texts = iter(_with_errors(value[rest], error[rest], digits))
+    texts = iter(with_errors(value[rest], error[rest], digits))
     ties = table["tie"].fillna(False).astype(bool) if "tie" in table else pd.Series(False, table.index)
     cells = ["" if not r else next(texts) + (" (tie)" if tie else "") for r, tie in zip(rest, ties, strict=True)]
     wide = max(map(len, cells), default=1)
@@ -97,11 +97,11 @@ def columns(table: pd.DataFrame, meta: Mapping[str, Any]) -> list[Column]:
         "±: standard error over data and seeds, most of it common to all guides",
     }
     values, errors = numbers(table, score), numbers(table, f"{score}_se")
-    digits = _digits(errors)
+    digits = digits_of(errors)
     ranks = "places that survive Holm's correction over all pairs of guides: all hold together with 95 %"
     out = [Column("rank", rank_cells(table), ranks)] if numbers(table, "rank_low").notna().any() else []
     out += [
-        Column(score.replace("_", "-"), _with_errors(values, errors, digits), meanings[score]),
+        Column(score.replace("_", "-"), with_errors(values, errors, digits), meanings[score]),
         Column(
             "difference to best",
             _differences(table, score, digits),
@@ -155,7 +155,7 @@ def _predictive(table: pd.DataFrame) -> list[Column]:
         if name in ("accuracy", "coverage95"):
             cells = texts_of(table, name, lambda v: f"{100 * v:.1f} %")
         else:
-            cells = _with_errors(values, errors, max(_digits(errors), 3) if values.max() < 1 else _digits(errors))
+            cells = with_errors(values, errors, max(digits_of(errors), 3) if values.max() < 1 else digits_of(errors))
         out.append(Column(header, cells, meaning))
     return out
 
@@ -276,11 +276,11 @@ def verdict(table: pd.DataFrame, meta: Mapping[str, Any]) -> Markup:
         return Markup("No guide finished with a finite score: see the failures below.")
     names = [Markup("<strong>{}</strong>").format(shorten(name, 80)) for name in done.index]
     if len(done) == 1:
-        value = _with_errors(numbers(done, score), numbers(done, f"{score}_se"), _digits(numbers(done, f"{score}_se")))
+        value = with_errors(numbers(done, score), numbers(done, f"{score}_se"), digits_of(numbers(done, f"{score}_se")))
         return names[0] + Markup(" reaches {} nats; no other guide finished to be compared with it.").format(value[0])
     gaps, errors = -numbers(done, "difference"), numbers(done, "difference_se")
-    digits = _digits(errors.iloc[1:], 1.0)
-    texts = [t.strip().replace(" ", "\N{NO-BREAK SPACE}") for t in _with_errors(gaps, errors, digits)]
+    digits = digits_of(errors.iloc[1:], 1.0)
+    texts = [t.strip().replace(" ", "\N{NO-BREAK SPACE}") for t in with_errors(gaps, errors, digits)]
     tie = [bool(t) for t in done["tie"].fillna(False)] if "tie" in done else [False] * len(done)
     tied = [i for i in range(1, len(done)) if tie[i]]
     behind = [i for i in range(1, len(done)) if not tie[i]]
