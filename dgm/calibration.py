@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +13,14 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from pyro import poutine
-from torch import Tensor, nn
 
 from .calibration_verdict import table_of, verdict_of
 from .errors import GuideError, ModelError, OptionError, TrainingError
 from .pair import Pair
 from .posterior_ranks import PosteriorRanks
-from .posthoc import finishers
-from .programs import Program, evaluating, owner, preserved_rng, program_name, with_home
+from .programs import Program, evaluating, owner, preserved_rng, program_name
 from .rank_tests import number_of_bins
+from .refits import fitted
 from .simulate import Simulation, as_template, simulate_sets
 from .sites import DATA_PLATE, latents
 from .verdicts import Verdict
@@ -132,7 +130,7 @@ def calibrate(
         sets: cases, at least 50: data sets, or rows of data in the first mode with local latents alone.
         draws: L for each case, at least 50. They are independent draws of the guide.
         seed: of data, fits and draws; the random stream outside is left as it was.
-        level: probability that an exact guide fails the verdict, over all coordinates.
+        level: probability, at most, that an exact guide fails the verdict, over all coordinates.
         plates: names of the data plates.
         fit_options: for `dgm.fit` (steps, lr, schedule, ...), in the second mode.
 
@@ -180,7 +178,7 @@ def calibrate(
             )
         pairs, used = [_ready(model, guide, data, plates, notes)], list(range(len(data)))
     else:
-        pairs, failed = _fitted(model, guide, data, plates, seed, fit_options)
+        pairs, failed = fitted(model, guide, data, plates, seed, fit_options)
         used = [r for r in range(len(data)) if r not in failed]
         _enough(len(used), failed)
     ranks = PosteriorRanks(pairs, data, used, list(found.values()), plates, per_row)
@@ -233,67 +231,6 @@ def _ready(model: Program, guide: Any, data: Simulation, plates: set[str], notes
             )
         notes.append("the guide does not look at the data: its draws are the same for every data set")
     return pair
-
-
-def _fitted(
-    model: Program, guide: Any, data: Simulation, plates: set[str], seed: int, options: dict[str, Any]
-) -> tuple[list[Pair], dict[int, str]]:
-    """One fitted pair for each data set that its fit survived, and the errors of the others."""
-    from .fit import fit
-
-    if isinstance(guide, nn.Module) or not callable(guide):
-        raise GuideError(
-            f"trained=False and the guide is a {type(guide).__name__}: give what makes it, `(model, *batch) -> guide`, "
-            "e.g. partial(Global, family=DiagonalNormal), or trained=True to use it as it is"
-        )
-    own = sorted({"replicas", "seed", "model", "guide"} & set(options))
-    if own:
-        raise OptionError(f"fit option {own[0]!r} is set by the calibration itself: leave it out")
-    frozen = _frozen(model)
-    with preserved_rng(seed):
-        trial = Pair(frozen(), guide(frozen(), *data.batch(0)))
-    sites = list(trial.check(data.batch(0), plates).values())
-    refuse_untrained(trial, model, trial.guide)  # of a function model: its parameters would move with each fit
-    if not finishers(trial.guide):  # one that is finished after training may be a point until then
-        PosteriorRanks([trial], data, [0], sites, plates, False).refuse_point()
-    seeds = [seed + r for r in range(len(data))]
-    together = _together(data)
-    if together is not None:
-        columns, rows = together
-        fits = fit(frozen, guide, *columns, replicas={"rows": rows, "seed": seeds}, **options)
-    else:
-        fits = [
-            fit(frozen, guide, *data.batch(r), replicas={"seed": seeds[r : r + 1]}, **options)[0]
-            for r in range(len(data))
-        ]
-    failed = {r: one.error for r, one in enumerate(fits) if one.error is not None}
-    return [Pair(one.model, one.guide) for one in fits if one.error is None], failed
-
-
-def _frozen(model: Program) -> Callable[[], Program]:
-    """Makes the model with its parameters held: the data came from it as it is."""
-    if with_home(model)[1] is not owner(model):
-        return lambda: model
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{program_name(model)} is a method of a module: give the module, or a function")
-    held = copy.deepcopy(model).requires_grad_(False)
-    return lambda: copy.deepcopy(held)
-
-
-def _together(data: Simulation) -> tuple[list[Tensor], list[Tensor]] | None:
-    """All sets as rows of one data set, and the row numbers of each; None where arguments have other lengths."""
-    parts = [data.data.get(i, item) for i, item in enumerate(data.template)]
-    lengths = {len(item) if isinstance(item, Tensor) and item.dim() else None for item in data.template}
-    if None in lengths or len(lengths) != 1:
-        return None
-    count, sets = lengths.pop(), len(data)
-    if count is None:
-        return None
-    columns = []
-    for i, part in enumerate(parts):
-        wide = part if i in data.data else part.expand(sets, *part.shape)
-        columns.append(wide.reshape(sets * count, *wide.shape[2:]))
-    return columns, [torch.arange(r * count, (r + 1) * count) for r in range(sets)]
 
 
 def _frame(ranks: PosteriorRanks, draws: int, most: int | None, seed: int, failed: dict[int, str]) -> pd.DataFrame:
