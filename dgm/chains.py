@@ -141,10 +141,10 @@ def windows(warmup: int) -> list[int]:
     """Where the first window of the metric begins, and where each ends: they double, and a tenth is left behind them.
 
     >>> windows(300)
-    [45, 90, 180, 270]
+    [45, 60, 90, 150, 270]
     """
     first, last = round(0.15 * warmup), round(0.9 * warmup)
-    ends, width = [first], max(1, round(0.15 * warmup))
+    ends, width = [first], max(1, round(0.05 * warmup))
     while ends[-1] < last:
         # the last one takes in what would be too short for one of its own
         ends.append(ends[-1] + width if ends[-1] + 3 * width <= last else last)
@@ -175,9 +175,10 @@ class _Moments:
 
 class _Counted:
     def __init__(self, target: Target) -> None:
-        self.target, self.calls = target, 0
+        self.target: Target = target
+        self.calls = 0
 
-    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, u: Tensor) -> tuple[Tensor, ...]:
         self.calls += 1
         return self.target(u)
 

@@ -220,7 +220,7 @@ def _chains(path: Path, content: dict[str, Any], model: Program, packing: Packin
             'it, or give stale="recompute"'
         )
     try:
-        held = load(raw)
+        held: dict[str, Any] = dict(load(raw))
         return Chains(model, packing, **{k: held[k] for k in TENSORS}, **{k: content[k] for k in NUMBERS})
     except (SafetensorError, KeyError) as error:
         raise DataError(f'{file} is damaged: {error}; remove it, or give stale="recompute"') from error
