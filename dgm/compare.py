@@ -24,7 +24,7 @@ from .preflight import check_model, check_options, checked_seeds
 from .programs import preserved_rng, program_name
 from .provenance import provenance
 from .psis import k_threshold
-from .ranking import rank
+from .ranking import rank, statement
 from .report import write_report
 from .starting import maker
 from .tables import format_table
@@ -58,6 +58,10 @@ class Comparison:
 
     def __repr__(self) -> str:
         return format_table(self.table, self.meta, self.rows)
+
+    def statement(self) -> str:
+        """The order of the guides that chance does not explain, and what it rests on, in sentences."""
+        return statement(self.rows, self.per_datum, str(self.meta["score"]))
 
     def report(self, path: str | os.PathLike[str]) -> Path:
         """Write one self-contained HTML page."""

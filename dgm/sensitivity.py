@@ -127,23 +127,19 @@ class Sensitivity:
 
     def __repr__(self) -> str:
         table, frame = self.table, self.frame
-        width = max(len("guide"), *(min(len(g), WIDTH) for g in table.index))
-        parts = [[f"{t:<{width}}" for t in ("guide", *(shorten(g, WIDTH) for g in table.index))]]
+        names = [shorten(g, WIDTH) for g in table.index]
+        width = max(len("guide"), *map(len, names))
+        parts = [[f"{text:<{width}}" for text in ("guide", "", *names)]]
         digits = digits_of(frame["difference_se"])
-        for setting in self.results:
-            own = (
-                frame[(frame["lr"] == setting[0]) & (frame["epochs"] == setting[1])].set_index("guide").loc[table.index]
-            )
-            best = table["best"] == self.label(setting)
-            cells = [
-                t + ("*" if b else " ")
-                for t, b in zip(with_errors(own["score"], own["score_se"], digits), best, strict=True)
-            ]
-            parts.append([self.label(setting), *cells])
-        parts.append(["lost at worst", *with_errors(table["lost"], table["lost_se"], digits)])
-        lines = []
-        for line in zip(*([f"{t:^{max(map(len, part))}}" for t in part] for part in parts), strict=True):
-            lines.append("   ".join(line).rstrip())
+        for lr, epochs in self.results:
+            own = frame[(frame["lr"] == lr) & (frame["epochs"] == epochs)].set_index("guide").loc[table.index]
+            is_best = table["best"] == self.label((lr, epochs))
+            texts = with_errors(own["score"], own["score_se"], digits)
+            cells = [text + "*" * best for text, best in zip(texts, is_best, strict=True)]
+            parts.append([f"lr {lr:g}", f"{epochs} epochs", *(f"{c:<{max(map(len, cells))}}" for c in cells)])
+        parts.append(["lost", "at worst", *with_errors(table["lost"], table["lost_se"], digits)])
+        columns = [[f"{text:^{max(map(len, part))}}" for text in part] for part in parts]
+        lines = ["   ".join(line).rstrip() for line in zip(*columns, strict=True)]
         return "\n".join([*lines, "*: best setting of the guide", self.statement()])
 
 

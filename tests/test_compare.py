@@ -123,6 +123,10 @@ def test_a_guide_that_fails_is_a_row() -> None:
     status = result.rows.set_index("guide")["status"]
     assert status["good"] == "ok" and "AutoNormal holds parameters for 12 rows of 24" in status["bad"]
     assert "Trace Shapes" not in status["bad"]
+    assert result.statement() == "Only good finished with a score, so that there is nothing to compare. " + (
+        "Without a finite score: bad."
+    )
+    assert list(result.table["rank_low"].fillna(0)) == [1, 0] and "rank" in repr(result).splitlines()[1]
 
 
 def test_guides_meet_the_same_start_and_the_same_rows() -> None:

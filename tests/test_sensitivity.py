@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from dgm.ranking import rank
 from dgm.sensitivity import Sensitivity, sensitivity
 from dgm.style import svg
 
+MODULE = sys.modules["dgm.sensitivity"]  # dgm.sensitivity itself is the function
 GUIDES = {"f": AutoNormal, "g": AutoNormal}
 
 
@@ -57,7 +59,7 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sensitivity]:
         def fake(*_: Any, lr: float, epochs: int, **__: Any) -> Fake:
             return Fake(truth(lr, epochs), rng, seeds, lost.get((lr, epochs), ()))
 
-        monkeypatch.setattr("dgm.sensitivity.compare", fake)
+        monkeypatch.setattr(MODULE, "compare", fake)
         return sensitivity(None, GUIDES, None, **options)
 
     return make
@@ -107,8 +109,11 @@ def test_the_table_says_what_a_bad_setting_costs(grid: Callable[..., Sensitivity
     assert table.loc["g", "lost"] == pytest.approx(exact) and 0 < table.loc["g", "lost_se"] < 1
     assert found.statement().count("g has most to lose") == 1
     lines = repr(found).splitlines()
-    assert lines[0].split() == ["guide", "lr", "0.001", "lr", "0.01", "lost", "at", "worst"]
-    assert [line.count("*") for line in lines[:4]] == [0, 1, 1, 1]
+    assert lines[0].split() == ["guide", "lr", "0.001", "lr", "0.01", "lost"] and lines[1].split()[:2] == [
+        "5",
+        "epochs",
+    ]
+    assert [line.count("*") for line in lines[:5]] == [0, 0, 1, 1, 1]
 
 
 def test_guides_that_failed_somewhere(grid: Callable[..., Sensitivity]) -> None:
@@ -139,7 +144,7 @@ def test_what_had_finished_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return Fake({"f": 0.0, "g": -5.0}, rng)
 
-    monkeypatch.setattr("dgm.sensitivity.compare", stopped)
+    monkeypatch.setattr(MODULE, "compare", stopped)
     found = sensitivity(None, GUIDES, None, lrs=[1e-2, 1e-3], epochs=[20, 5])
     assert list(found.results) == calls[:3] == [(1e-3, 5), (1e-2, 5), (1e-3, 20)]  # short budgets first
     assert found.meta["interrupted"] and "interrupted: 3 of 4 settings" in found.statement()
@@ -150,7 +155,7 @@ def test_what_had_finished_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     calls.clear()
-    monkeypatch.setattr("dgm.sensitivity.compare", half)
+    monkeypatch.setattr(MODULE, "compare", half)
     found = sensitivity(None, GUIDES, None, lrs=[1e-2, 1e-3], epochs=[20, 5])
     assert len(found.results) == 2 and found.partial is not None and len(found.frame) == 4
     calls[:] = [(0.0, 0)] * 3
@@ -192,7 +197,7 @@ BAD: list[tuple[dict[str, Any], type[DGMError], str]] = [
 def test_refusals_before_training(
     options: dict[str, Any], kind: type[DGMError], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dgm.sensitivity.compare", lambda *_, **__: pytest.fail("something was trained"))
+    monkeypatch.setattr(MODULE, "compare", lambda *_, **__: pytest.fail("something was trained"))
     with pytest.raises(kind, match=message):
         sensitivity(None, GUIDES, None, **options)
 
