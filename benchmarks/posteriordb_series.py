@@ -168,17 +168,16 @@ def lotka_volterra(data: Data, substeps: int = SUBSTEPS) -> Model:
     times = [0.0, *(float(t) for t in data["ts"])]
     mean, sd = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 0.05, 1.0, 0.05], [0.5, 0.05, 0.5, 0.05]))
 
-    def program(y: Tensor, y_init: Tensor) -> None:
+    def program(y: Tensor) -> None:
         theta = flat("theta", "positive", 4)
         pyro.factor("theta_prior", dist.Normal(mean, sd).log_prob(theta).sum(-1))
         sigma = pyro.sample("sigma", dist.LogNormal(number(-1), number(1)).expand([2]).to_event(1))
         start = dist.LogNormal(number(math.log(10)), number(1)).expand([2]).to_event(1)
         z_init = pyro.sample("z_init", start)
         path = log_path(theta, z_init.log(), times, substeps)  # (T + 1, 2)
-        pyro.sample("y_init", dist.LogNormal(path[0], sigma).to_event(1), obs=y_init[0])
-        pyro.sample("y", dist.LogNormal(path[1:], sigma).to_event(2), obs=y)
+        pyro.sample("y", dist.LogNormal(path, sigma).to_event(2), obs=y)
 
-    return Model(program, (array(data, "y"), array(data, "y_init")[None]))
+    return Model(program, (torch.cat([array(data, "y_init")[None], array(data, "y")]),))
 
 
 def log_path(theta: Tensor, start: Tensor, times: list[float], substeps: int) -> Tensor:

@@ -102,6 +102,7 @@ def test_latents_and_parameters_are_each_others_inverse(name: str) -> None:
     posterior = load(name, FOLDER)
     joint, u = unconstrained(posterior, every=100)
     assert u.shape == (100, ALL[name]) and u.dtype == torch.float64
+    assert len({len(item) for item in posterior.model.batch}) == 1  # rows of one data set, as dgm.fit takes them
     back = posterior.matrix(joint.packings[0].unpack(u)[0])
     assert back.shape == (100, len(posterior.names))
     torch.testing.assert_close(back, posterior.reference[::100], rtol=1e-6, atol=1e-6)
