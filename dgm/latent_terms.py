@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Independent
 from torch.distributions import Normal as TorchNormal
 
 from .distributions import FamilyDistribution
-from .log_joint import by_row
+from .log_joint import by_row, rows_of
 from .pair import Pair
 from .sites import Site
 
@@ -46,7 +46,10 @@ def latent_terms(pair: Pair, sites: Sequence[Site], batch: Sequence[Any]) -> tup
                 continue
             frame = next((f for f in node["cond_indep_stack"] if f.name == sites[0].plate), None)
             if frame is not None:
-                ratio = ratio + sign * by_row(torch.as_tensor(node["log_prob"]), node, frame)
+                log_prob = torch.as_tensor(node["log_prob"])
+                # a guide's plate may carry its scale by a handler, of which no frame tells
+                rows = rows_of(log_prob / node["scale"], frame) if trace is guide else by_row(log_prob, node, frame)
+                ratio = ratio + sign * rows
     for site in sites:
         raw, q, kl, cross = _coordinates(model.nodes[site.name], normals.get(site.name))
         columns.append(tuple(_rows(t, raw, site) for t in (raw, raw if q is None else q[0], kl, cross)))

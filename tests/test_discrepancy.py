@@ -70,7 +70,7 @@ def test_what_is_permuted_is_the_estimate_itself():
     kernel = (-torch.cdist(pooled, pooled).square() / 2).exp()
     found = mmd(pooled[:12], pooled[12:], bandwidth=1.0, standardise=False)
     values = two_sample._permuted(kernel, 12, 50)
-    assert values[0].item() == pytest.approx(found.squared) and values[1:].max() < values[0]
+    assert values[0].item() == pytest.approx(found.squared) and values[1:].mean() < values[0]
 
 
 def test_the_kernel_is_the_references_own_whatever_is_judged_by_it():

@@ -1,6 +1,7 @@
 """Latent diagnostics against linear Gaussian models: KL, activity, information and collapse, all known exactly."""
 
 import math
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -320,7 +321,7 @@ def test_chunks_of_rows_and_guides_with_parameters_for_each_row(monkeypatch):
         for p in guide.parameters():
             p.add_(0.3 * torch.randn_like(p))
     whole = latent_diagnostics(model, guide, x, num_samples=400, max_rows=40)
-    monkeypatch.setattr("dgm.latent_diagnostics.BLOCK", 25)
+    monkeypatch.setattr(sys.modules["dgm.latent_diagnostics"], "BLOCK", 25)
     parts = latent_diagnostics(model, guide, x, num_samples=400, max_rows=40)
     assert parts.kl == pytest.approx(whole.kl, rel=0.02) and whole.kl > 0.02
     for j in range(2):
@@ -328,6 +329,26 @@ def test_chunks_of_rows_and_guides_with_parameters_for_each_row(monkeypatch):
     before = torch.get_rng_state()
     again = latent_diagnostics(model, guide, x, num_samples=400, max_rows=40)
     assert again.kl == parts.kl and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_plate_that_declares_all_rows_changes_no_number():
+    def declared(x):
+        with pyro.plate("data", 300, subsample=torch.arange(len(x))):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def plain(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    found = []
+    for model in (declared, plain):
+        torch.manual_seed(0)
+        found.append(latent_diagnostics(model, Amortized(model, x, family=FullNormal), x, num_samples=32))
+    assert found[0].kl == pytest.approx(found[1].kl, rel=1e-4) and found[1].kl > 0.01
+    assert found[0].aggregate.kl == pytest.approx(found[1].aggregate.kl, rel=1e-4)
 
 
 # --- what must be refused --------------------------------------------------------------------------------------------
