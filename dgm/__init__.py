@@ -26,6 +26,15 @@ _WHERE = {
     "log_weights": "weights",
     "log_weight_terms": "weights",
     "evaluate": "evaluate",
+    "Evaluation": "evaluation",
+    "Estimate": "estimate",
+    "annealed_bound": "annealing",
+    "sandwich": "sandwich",
+    "gaps": "gaps",
+    "latent_diagnostics": "latent_diagnostics",
+    "calibrate": "calibration",
+    "sample_chains": "chains",
+    "sensitivity": "sensitivity",
     "compare": "compare",
     "Comparison": "compare",
     "load": "datasets",
@@ -39,32 +48,50 @@ __all__ = [
     "SVI",
     "Comparison",
     "Dataset",
+    "Estimate",
+    "Evaluation",
     "Fit",
     "ImportanceELBO",
     "Packing",
     "RenyiELBO",
     "ReweightedWakeSleep",
     "__version__",
+    "annealed_bound",
+    "calibrate",
     "compare",
     "evaluate",
     "fit",
+    "gaps",
+    "latent_diagnostics",
     "latents",
     "load",
     "log_weight_terms",
     "log_weights",
+    "sample_chains",
+    "sandwich",
     "schedules",
+    "sensitivity",
     "start_from",
 ]
 
 if TYPE_CHECKING:
     from . import schedules
+    from .annealing import annealed_bound
+    from .calibration import calibrate
+    from .chains import sample_chains
     from .compare import Comparison, compare
     from .datasets import Dataset, load
+    from .estimate import Estimate
     from .evaluate import evaluate
+    from .evaluation import Evaluation
     from .fit import Fit, fit
+    from .gaps import gaps
     from .importance import ImportanceELBO, RenyiELBO, ReweightedWakeSleep
     from .ladder import start_from
+    from .latent_diagnostics import latent_diagnostics
     from .objectives import ELBO
+    from .sandwich import sandwich
+    from .sensitivity import sensitivity
     from .sites import Packing, latents
     from .svi import SVI
     from .weights import log_weight_terms, log_weights

@@ -21,7 +21,7 @@ from .programs import Program, owner
 if TYPE_CHECKING:
     from .gaps import Gaps
     from .latent_diagnostics import LatentDiagnostics
-    from .metrics import CategoricalPrediction, GaussianPrediction
+    from .metrics import CategoricalPrediction, GaussianPrediction, VectorPrediction
     from .verdicts import Verdict
 
 __all__ = ["Difference", "Evaluation", "digest", "digests"]
@@ -67,7 +67,7 @@ class Evaluation:
     annealed_rows: Tensor | None = None
     gaps: Gaps | None = None
     latents: LatentDiagnostics | None = None
-    prediction: GaussianPrediction | CategoricalPrediction | None = None
+    prediction: GaussianPrediction | CategoricalPrediction | VectorPrediction | None = None
     model: dict[str, str] = field(default_factory=dict)
     data: str = ""
     meta: dict[str, Any] = field(default_factory=dict)

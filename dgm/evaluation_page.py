@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from . import evaluation_plots as plots
+from .metrics import CategoricalPrediction, GaussianPrediction
 from .page import environment, write_text
 from .plots import khat_distribution
 from .provenance import provenance
@@ -57,6 +58,9 @@ MEANINGS = {
     "interval_score_90": "interval score of the 90 % intervals, units of y",
     "calibration_error": "calibration error",
     "brier": "Brier score, summed over classes",
+    "entropy": "entropy of the predictions, nats",
+    "mutual_information": "their mutual information with the posterior, nats",
+    "energy_score": "energy score, units of y",
 }
 
 
@@ -87,12 +91,12 @@ def _cell(value: float) -> str:
 
 def _bars(summary: Mapping[str, float]) -> list[tuple[str, float, float, float, float]]:
     """Both gaps with their errors, of held-out rows and, where they are known, of training rows."""
-    sets = {"held-out rows": "", "training rows": "train_"}
-    what = ("approximation", "approximation_se", "amortization", "amortization_se")
-    found = {name: [summary.get(prefix + key) for key in what] for name, prefix in sets.items()}
-    return [
-        (name, *(float(v) for v in values if v is not None)) for name, values in found.items() if None not in values
-    ]  # type: ignore[misc]
+    found = []
+    for name, prefix in (("held-out rows", ""), ("training rows", "train_")):
+        if f"{prefix}approximation" in summary:
+            family, encoder = f"{prefix}approximation", f"{prefix}amortization"
+            found.append((name, summary[family], summary[f"{family}_se"], summary[encoder], summary[f"{encoder}_se"]))
+    return found
 
 
 def _figures(result: Evaluation) -> list[dict[str, Any]]:
@@ -123,7 +127,7 @@ def _figures(result: Evaluation) -> list[dict[str, Any]]:
         names, kl, active = result.latents.bars()
         text = "What each dimension tells about a datum, on average."
         drawn.append(("latents", "Latent dimensions", text, plots.kl_bars(kl, active, names)))
-    if result.prediction is not None:
+    if isinstance(result.prediction, GaussianPrediction | CategoricalPrediction):
         text = "On the broken line predictions are calibrated; the band, or bars, is what chance does to these rows."
         drawn.append(("calibration", "Calibration of predictions", text, plots.calibration_curve(result.prediction)))
     return [

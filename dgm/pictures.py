@@ -12,9 +12,9 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .predictive import predict
-from .metrics import CategoricalPrediction
+from .metrics import CategoricalPrediction, VectorPrediction
 from .pair import Pair
+from .predictive import predict
 from .programs import Program, evaluating, preserved_rng, program_name
 
 log = logging.getLogger("dgm")
@@ -70,7 +70,7 @@ def _band(model: Program, guide: Program, held_out: Sequence[Tensor], y_std: flo
     ]
     grid = torch.cartesian_prod(*axes).reshape(-1, x.shape[1]).to(x.dtype)
     prediction = predict(model, guide, grid, torch.zeros(len(grid), dtype=y.dtype), num_samples=300)
-    if prediction is None:
+    if prediction is None or isinstance(prediction, VectorPrediction):
         return {}
     out: dict[str, Any] = {"x": x.squeeze(-1).numpy(), "y": y.numpy(), "grid": grid.squeeze(-1).numpy()}
     if isinstance(prediction, CategoricalPrediction):

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .metrics import CategoricalPrediction, GaussianPrediction
+from .metrics import CategoricalPrediction, GaussianPrediction, VectorPrediction
 from .pair import Pair
 from .programs import Program
 from .runs import Runs
@@ -17,7 +17,7 @@ from .runs import Runs
 
 def predict(
     model: Program, guide: Program, *batch: Any, num_samples: int = 1000, y_std: float = 1.0
-) -> GaussianPrediction | CategoricalPrediction | None:
+) -> GaussianPrediction | CategoricalPrediction | VectorPrediction | None:
     """Posterior predictive of a supervised model, or None where it does not say what it predicts.
 
     The model's `forward(x, y)` returns {"loc", "scale"} (a normal target) or {"logits"} (classes); those are collected
@@ -41,10 +41,14 @@ def predict(
     if "logits" in out:
         return CategoricalPrediction(out["logits"], y.long())
     scale = out["scale"]
+    if out["loc"].dim() == 3:  # a target of several columns, with one scale for each draw, each column, or each value
+        wide = scale if scale.dim() == 3 else scale.reshape(len(scale), 1, -1)
+        return VectorPrediction(out["loc"], wide.expand_as(out["loc"]), y, y_std)
     return GaussianPrediction(out["loc"], scale if scale.dim() == 2 else scale[:, None], y, y_std)
 
 
-def scores_of(prediction: GaussianPrediction | CategoricalPrediction) -> dict[str, float]:
+def scores_of(prediction: GaussianPrediction | CategoricalPrediction | VectorPrediction) -> dict[str, float]:
+    """The scores of one row of a comparison, by the names of its columns."""
     scores = prediction.summary()
     if isinstance(prediction, GaussianPrediction):
         return scores | {"coverage95": prediction.coverage(0.95)}

@@ -11,8 +11,9 @@ import numpy as np
 from scipy.stats import binom
 
 from .bounds import mean_and_standard_error
-from .metrics import GaussianPrediction
+from .metrics import GaussianPrediction, VectorPrediction
 from .style import limit, share
+from .uncertainty import selective
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -159,7 +160,7 @@ def _latents(result: Evaluation) -> Iterator[Verdict]:
 
 def _predictions(result: Evaluation) -> Iterator[Verdict]:
     prediction = result.prediction
-    if prediction is None:
+    if prediction is None or isinstance(prediction, VectorPrediction):  # of several columns: no one interval to judge
         return
     count = len(result.per_datum)
     if isinstance(prediction, GaussianPrediction):
@@ -182,8 +183,19 @@ def _predictions(result: Evaluation) -> Iterator[Verdict]:
         "good" if right else "bad",
         f"Mean confidence {100 * confidence:.1f} % is {tone}, {100 * accuracy:.1f} %.",
         f"{count} rows; difference {off:+.1f} standard errors; expected calibration error "
-        f"{result.summary.get('calibration_error', math.nan):.3f} in 15 bins of equal width",
+        f"{result.summary.get('calibration_error', math.nan):.3f} in 15 bins of equal width, where calibrated "
+        f"predictions would have {prediction.reliability().chance:.3f}",
     )
+    if 0 < accuracy < 1:
+        kept, least, most = selective(prediction).accuracy_at(0.8)
+        helps = least > accuracy
+        yield Verdict(
+            "abstaining",
+            "good" if helps else "unknown",
+            f"On the 80 % of the rows that it is most certain of its accuracy is {100 * kept:.1f} %"
+            + (": it knows what it does not know." if helps else ", no clear gain."),
+            f"95 % interval {100 * least:.1f} to {100 * most:.1f} %, against {100 * accuracy:.1f} % of all {count} rows",
+        )
 
 
 def _error(value: float) -> str:

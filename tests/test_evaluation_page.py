@@ -20,6 +20,7 @@ from dgm.estimate import Estimate
 from dgm.evaluation import Evaluation
 from dgm.evaluation_page import render
 from dgm.guides.global_ import Global
+from dgm.metrics import VectorPrediction
 from dgm.models import bnn
 from dgm.models.linear_vae import LinearVAE
 
@@ -118,6 +119,27 @@ def test_verdict_on_classes_catches_over_confidence() -> None:
     assert about(evaluated(math.log(0.7 / 0.3)), "calibration").level == "good"
     over = about(evaluated(4.0), "calibration")
     assert over.level == "bad" and "larger than its accuracy" in over.says
+    assert about(evaluated(4.0), "abstaining").says.endswith("no clear gain.")  # it is as certain of every row
+
+
+def test_targets_of_several_columns_have_scores() -> None:
+    def model(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc, scale = x[..., None] * w, torch.tensor([0.5, 1.0])
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(loc, scale).to_event(1), obs=y)
+        return {"loc": loc, "scale": scale}
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        pyro.sample("w", dist.Normal(torch.ones(2), 0.01).to_event(1))
+
+    x = torch.linspace(-1, 1, 200)
+    y = x[:, None] + torch.tensor([0.5, 1.0]) * torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    result = evaluate(model, guide, x, y, num_samples=200)
+    assert isinstance(result.prediction, VectorPrediction)
+    assert result.summary["log_likelihood"] == pytest.approx(result.summary["bound"], abs=0.01)
+    assert result.summary["energy_score"] > 0 and [v.about for v in result.verdicts] == ["evidence"]
+    assert "energy score" in render(result)
 
 
 def test_posterior_of_a_network_is_judged_on_the_training_rows() -> None:
