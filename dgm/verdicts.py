@@ -194,7 +194,7 @@ def _predictions(result: Evaluation) -> Iterator[Verdict]:
             "good" if helps else "unknown",
             f"On the 80 % of the rows that it is most certain of its accuracy is {100 * kept:.1f} %"
             + (": it knows what it does not know." if helps else ", no clear gain."),
-            f"95 % interval {100 * least:.1f} to {100 * most:.1f} %, against {100 * accuracy:.1f} % of all {count} rows",
+            f"95 % interval {100 * least:.1f} to {100 * most:.1f} %, {100 * accuracy:.1f} % of all {count}",
         )
 
 
