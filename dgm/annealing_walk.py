@@ -100,7 +100,7 @@ def pilot(
     betas, lengths, steps, acceptances, length, pace = [0.0], [0.0], [step], [torch.ones_like(step)], 0.0, PACE
     while chains.b < 1.0:
         speed = _speed(chains.difference)
-        gain = min(pace / max(speed, 1e-12), 1.0 - chains.b)
+        gain = min(pace / max(speed, 1e-12), 1.0 - chains.b) if len(betas) < 2 * most else 1.0 - chains.b
         length += gain * speed
         first, start = chains.b == 0.0, chains.state.u
         chains.cool(min(chains.b + gain, 1.0))
@@ -124,7 +124,7 @@ def _speed(difference: Tensor) -> float:
     """Root mean square, over data, of the standard deviation over chains of log f_1 - log f_0."""
     variance = difference.double().var(0)
     variance = variance[variance.isfinite()]
-    return math.sqrt(float(variance.mean())) if len(variance) else 1.0 / PACE * 100
+    return math.sqrt(float(variance.mean())) if len(variance) else 0.0
 
 
 def _interpolated(table: Tensor, at: Tensor, places: Tensor) -> Tensor:

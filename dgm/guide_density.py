@@ -79,7 +79,9 @@ class GuideDensity:
         self.filled = {name for name in self.latents if isinstance(_base(trace.nodes[name]["fn"]), Delta)}
         self.sources = self._sources(found, trace)
         # which rows a declared plate says it draws: held, for it is no noise of the density
-        self.subsamples = {n: node["value"] for n, node in trace.nodes.items() if site_is_subsample(node)}
+        self.subsamples: dict[str, Any] = {
+            n: node["value"] for n, node in trace.nodes.items() if site_is_subsample(node)
+        }
         self._verify(trace, batch)
 
     def _sources(self, found: Latents, trace: Any) -> dict[str, Callable[[Values], Tensor]]:
