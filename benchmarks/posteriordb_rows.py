@@ -157,7 +157,7 @@ def compared(posterior: Posterior, parameters: Tensor, settings: Settings) -> di
     }
 
 
-def nuts_row(posterior: Posterior, start: Start, settings: Settings) -> dict[str, Any]:
+def nuts_row(posterior: Posterior, start: Start, settings: Settings, seed: int = 1) -> dict[str, Any]:
     """NUTS, and the largest difference of a mean from the reference's in standard errors of both.
 
     z_i = (m_i - r_i) / sqrt(sd_i^2 / ESS_i + sd_ref,i^2 / ESS_ref,i)
@@ -168,12 +168,12 @@ def nuts_row(posterior: Posterior, start: Start, settings: Settings) -> dict[str
         program, *batch, draws=settings.samples, warmup=settings.warmup, chains=settings.chains,
         depth=settings.depth, init={SITE: torch.zeros_like(start.loc)}, scale=1.0,
     )  # fmt: skip
-    guide.finish(program, *batch, seed=1)
+    guide.finish(program, *batch, seed=seed)
     parameters = posterior.matrix(dict(coordinates(start, guide.samples, full=True)))
     z, rhat, ess = agreement(parameters.unflatten(0, (settings.chains, -1)), posterior.draws)
     worst = int(z.abs().argmax())
     out: dict[str, Any] = {
-        "status": "ok", "parameters": 0, "seconds": time.process_time() - began, "seed": 1,
+        "status": "ok", "parameters": 0, "seconds": time.process_time() - began, "seed": seed,
         "worst_z": float(z.abs()[worst]), "worst_z_of": posterior.names[worst], "count_z": len(z),
         "beyond_z": int((z.abs() > LARGEST_Z).sum()), "rhat": float(rhat.max()), "ess": float(ess.min()),
         "divergences": int(guide.divergences), "cut": float(guide.full),
@@ -190,7 +190,8 @@ def agreement(drawn: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]
     (True, torch.Size([3]))
     """
     rhat, ess = diagnose(drawn)
-    ess_reference = diagnose(reference)[1]
+    ess_reference = diagnose(reference)[1].clamp(max=reference[..., 0].numel())
+    ess = ess.clamp(max=drawn[..., 0].numel())  # above the number of draws the estimate itself is too uncertain
     one, two = drawn.flatten(0, 1).double(), reference.flatten(0, 1).double()
     error = (one.var(0) / ess + two.var(0) / ess_reference).sqrt()
     return (one.mean(0) - two.mean(0)) / error, rhat, ess
