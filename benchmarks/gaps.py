@@ -87,7 +87,7 @@ class Bench:
         start = time.process_time()
         found = gaps(
             model, guide, self.held_out, train=self.seen, num_samples=self.samples, free_samples=self.free,
-            seed=self.seed, mode=mode, log_evidence=evidence[0], train_log_evidence=evidence[1],
+            seed=self.seed, mode=mode, begin=("encoder",), log_evidence=evidence[0], train_log_evidence=evidence[1],
         )  # fmt: skip
         keys = [key for key in found.summary if not key.startswith("generalisation_log")]
         return {

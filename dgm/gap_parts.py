@@ -141,7 +141,7 @@ class Part:
         if open_:
             gained = max(float(fit.gain.mean()) for fit in open_)
             notes.append(
-                f"not converged: after {rule.max_steps} steps the last round of {rule.round_steps} gained "
+                f"not converged: after {rule.max_steps} steps the last round gained "
                 f"{gained:.3g} nats a row (tolerance {rule.tolerance:g}); the amortization gap is too small by what is "
                 "missing and the approximation gap too large: raise max_steps"
             )

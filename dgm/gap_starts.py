@@ -20,6 +20,9 @@ from .sites import Packing
 
 MOMENT_DRAWS = 200
 
+WAYS = ("encoder", "moments")
+"""Where q* may start: at the parameters that the encoder gives, or at the location and scale that its draws have."""
+
 Values = dict[str, Tensor]
 
 
@@ -67,7 +70,15 @@ def local_part(guide: Any) -> Any:
 
 
 @torch.no_grad()
-def starts(model: Program, guide: Any, batch: Sequence[Any], packing: Packing, family: Any, seed: int) -> Starts:
+def starts(
+    model: Program,
+    guide: Any,
+    batch: Sequence[Any],
+    packing: Packing,
+    family: Any,
+    seed: int,
+    ways: Sequence[str] = WAYS,
+) -> Starts:
     """The starts of q* for these rows.
 
     Args:
@@ -99,9 +110,9 @@ def starts(model: Program, guide: Any, batch: Sequence[Any], packing: Packing, f
         make = files.fresh(part.family, member, packing.size)
     loc, scale = _moments(model, guide, batch, packing, seed)
     values: dict[str, Values] = {}
-    if own is not None:
+    if own is not None and ("encoder" in ways or make is None):
         values["encoder"] = own[1]
-    if make is not None:
+    if make is not None and ("moments" in ways or not values):
         moments = _moment_start(make, loc, scale)
         if moments is None and not values:
             with preserved_rng(0):

@@ -16,7 +16,7 @@ from .data import as_tensors
 from .errors import DataError, GuideError, ModelError, OptionError
 from .estimate import Estimate
 from .gap_parts import Part, Stream, choose_evidence
-from .gap_starts import Starts, local_part, starts
+from .gap_starts import WAYS, Starts, local_part, starts
 from .gap_table import MODES, Gaps, Mode
 from .local_fit import Rule, compared, frozen, log_weights_of, optimise
 from .pace import Compile
@@ -54,6 +54,7 @@ def gaps(
     num_samples: int = 1000,
     mode: Mode | None = None,
     free_samples: int = 4,
+    begin: Sequence[str] = WAYS,
     tolerance: float = 0.005,
     max_steps: int = 5000,
     round_steps: int = 100,
@@ -68,10 +69,11 @@ def gaps(
               + \underbrace{L(q^*_n) - L(q_n)}_{\text{amortization}}, \qquad q_n = q(\cdot | x_n)
 
     with q*_n the best member of the family for this datum alone, found by a free guide: parameters for each row, from
-    the encoder's own solution and from its location and scale, by Adam until a round of steps gains nothing (see
-    `dgm.local_fit.Rule`). Its start, rounds and starts are compared by draws that nothing is reported with, so
-    that a negative amortization gap is chance, and stands as it is. The same on training rows shows what of the gap is
-    a lack of generalisation.
+    the encoder's own solution and from its location and scale, by Adam until rounds of steps gain nothing (see
+    `dgm.local_fit.Rule`). What they miss makes the amortization gap too small and the approximation gap too large, in
+    flows by hundredths of a nat. Rounds and starts are compared by draws that nothing is reported with, so that a
+    negative amortization gap is chance, and stands as it is. The same on training rows shows what is a lack of
+    generalisation.
 
     log p(x) is exact where it is given as a tensor; else the best *lower* bound by its mean over all data: of the given
     estimates, and of the importance bounds of both guides by the draws of their ELBOs. One of them, never a mixture.
@@ -86,7 +88,8 @@ def gaps(
         num_samples: K, draws of each ELBO and importance bound, at least 2.
         mode: "fixed decoder": the model was not trained with this guide, so that gaps of several guides are about one
             model; "joint training": it adapted to it. Default: fixed if the model has no trainable parameter.
-        free_samples: draws of a step of the free guide. tolerance: nats, > 0. max_steps, round_steps, lr: see `Rule`.
+        free_samples: draws of a step of the free guide. begin: where it starts, "encoder", "moments", or both at twice
+            the time, each row keeping the better. tolerance: nats, > 0. max_steps, round_steps, lr: see `Rule`.
         seed: of all draws; the random stream outside is left as it was.
         plates: names of the data plates. compile: how a step of the free guide runs, see `SVI`.
 
@@ -104,6 +107,8 @@ def gaps(
     """
     plates = set(plates)
     _check_options(num_samples, mode, free_samples, tolerance, max_steps, round_steps, lr)
+    if not begin or not set(begin) <= set(WAYS):
+        raise OptionError(f"begin is {begin!r}, expected some of {WAYS}")
     rule = Rule(tolerance, max_steps, round_steps, lr, free_samples)
     sets = {"held-out": _tensors(data)}
     if train is not None:
@@ -121,7 +126,7 @@ def gaps(
         model = PlainPlates(model)
     mode = mode if mode is not None else ("joint training" if _trainable(pair) else "fixed decoder")
     with frozen(pair):
-        job = _Job(model, guide, packing, family, rule, num_samples, seed, plates, compile)
+        job = _Job(model, guide, packing, family, rule, num_samples, seed, plates, compile, tuple(begin))
         whole = job.run(tuple(torch.cat(columns) for columns in zip(*sets.values(), strict=True)))
     ends = [len(batch[0]) for batch in sets.values()]
     parts = dict(zip(sets, whole.split(ends), strict=True))
@@ -199,6 +204,7 @@ class _Job:
     seed: int
     plates: set[str]
     compile: Compile
+    ways: tuple[str, ...] = WAYS
     family: str = ""
     graphs: Graphs = field(default_factory=Graphs)
 
@@ -215,7 +221,7 @@ class _Job:
         return Part.joined(blocks)
 
     def _starts(self, batch: Sequence[Tensor], seed: int) -> Starts:
-        begin = starts(self.model, self.guide, batch, self.packing, self.make, seed)
+        begin = starts(self.model, self.guide, batch, self.packing, self.make, seed, self.ways)
         self.family = type(getattr(begin.member, "family", begin.member)).__name__
         return begin
 

@@ -25,6 +25,12 @@ __all__ = ["LocalFit", "Rule", "compared", "frozen", "log_weights_of", "optimise
 LEVELS = 4
 """Step sizes that are tried at least, each a third of the last one."""
 
+EVERY = 5
+"""Steps between two iterates that are averaged."""
+
+GROWTH = 1.5
+"""How much longer a round is at the next smaller step size."""
+
 NEGLIGIBLE = 0.1
 """A gain of less than this share of the tolerance counts as none, however significant it is."""
 
@@ -33,16 +39,16 @@ NEGLIGIBLE = 0.1
 class Rule:
     """When the local optimisation stops.
 
-    Adam goes on in rounds of equally many steps; after each the ELBO of every row is evaluated with common random
-    numbers. A round is idle where the mean gain over the best so far is below `tolerance` and below two of its standard
-    errors (or below a tenth of `tolerance`). After an idle round the rows that lost go back to their best parameters
-    and the step size falls to a third. Two idle rounds in a row, at the fourth step size or a later one, are the end.
-
-    Best parameters give way to those that are better by more than one standard error of the paired difference:
-    otherwise luck would choose among equals, and a row at its optimum would leave it.
+    Adam goes on in rounds of steps; after each the ELBO of every row, at the mean of the later iterates, is evaluated
+    with common random numbers. A row keeps its best parameters until others are better by more than one standard error
+    of the paired difference: otherwise luck would choose among equals, and a row at its optimum would leave it. A round
+    is idle where what was kept is less than `tolerance` a row, and the mean gain over all rows, losers included, is
+    below two of its standard errors (or below a tenth of `tolerance`). Rows that lost go back to their best parameters;
+    after an idle round the others go on from their mean, the step size falls to a third, and rounds become half as long
+    again. Two idle rounds in a row, at the fourth step size or a later one, are the end.
 
     Attributes:
-        tolerance: nats. max_steps: at most so many. round_steps: steps of a round. lr: the first step size.
+        tolerance: nats. max_steps: at most so many. round_steps: steps of the first rounds. lr: the first step size.
         particles: draws of a step. samples: draws of an evaluation.
     """
 
@@ -126,25 +132,31 @@ def optimise(
     best = {name: p.detach().clone() for name, p in parameters.items()}
     best_weights = log_weights_of(sampler, rule.samples, chunk, seed + 1)
     found = LocalFit(best, torch.zeros_like(best_weights[0]), trail=[(float(best_weights.mean()), math.nan)])
-    level = idle = 0
+    level, idle, average = 0, 0, _Average()
     with preserved_rng(seed):
         while found.steps < rule.max_steps and not found.converged:
             try:
-                for _ in range(min(rule.round_steps, rule.max_steps - found.steps)):
+                steps = round(rule.round_steps * GROWTH**level)
+                for step in range(min(steps, rule.max_steps - found.steps)):
                     svi.step(*batch)
                     found.steps += 1
+                    if step >= steps // 2 and step % EVERY == 0:
+                        average.add(parameters)
             except TrainingError:
                 found.failures += 1
                 if found.failures > LEVELS:
                     raise
+            last = average.swap(parameters)
             now = log_weights_of(sampler, rule.samples, chunk, seed + 1)
             found.gain, error = compared(now, best_weights)
             better, worse = found.gain > error, ~(found.gain >= -error)  # NaN is worse
             best_weights = torch.where(better, now, best_weights)
             _copy(best, parameters, better)
             found.trail.append((float(best_weights.mean()), rule.lr / 3**level))
-            if _moves(found.gain, rule.tolerance):
+            if _moves(found.gain, better, rule.tolerance):
                 idle = 0
+                _copy(parameters, last, ~worse)  # goes on from where it was
+                _copy(parameters, best, worse)
                 continue
             idle, level = idle + 1, level + 1
             found.converged = idle >= 2 and level >= LEVELS
@@ -152,6 +164,36 @@ def optimise(
             for group, u in zip(optimiser.param_groups, units, strict=True):
                 group["lr"] = rule.lr * u / 3**level
     return found
+
+
+class _Average:
+    """Mean of a round's later iterates: nearer to the optimum than the last of them, by what their noise is.
+
+    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    @torch.no_grad()
+    def add(self, parameters: dict[str, Tensor]) -> None:
+        self.count += 1
+        for name, p in parameters.items():
+            if self.count == 1:
+                self.sums[name] = p.detach().clone()
+            else:
+                self.sums[name] += p
+
+    @torch.no_grad()
+    def swap(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put the mean in the place of the last iterate, which is given back, and begin anew."""
+        last = {name: p.detach().clone() for name, p in parameters.items()}
+        if self.count:
+            for name, p in parameters.items():
+                p.copy_(self.sums[name] / self.count)
+        self.count = 0
+        return last
 
 
 def log_weights_of(sampler: LogWeightSampler, samples: int, chunk: int, seed: int) -> Tensor:
@@ -178,10 +220,11 @@ def _closed_form(free: Any) -> bool:
         return False
 
 
-def _moves(gain: Tensor, tolerance: float) -> bool:
-    """Whether a round gained something."""
+def _moves(gain: Tensor, better: Tensor, tolerance: float) -> bool:
+    """Whether a round gained something: enough where it gained, or little and surely over all rows."""
+    kept = float(torch.where(better, gain, 0.0).mean())
     mean, se = mean_and_standard_error(gain)
-    return mean >= tolerance or (mean > NEGLIGIBLE * tolerance and not mean <= 2 * se)
+    return kept >= tolerance or (mean > NEGLIGIBLE * tolerance and not mean <= 2 * se)
 
 
 @torch.no_grad()
