@@ -50,7 +50,7 @@ from dgm.store import write_whole
 
 from .uci import make_bnn
 
-HMC: dict[str, dict[str, int]] = {  # on one core of a Xeon about 35 and 16 minutes: 11 and 2.9 million gradients
+HMC: dict[str, dict[str, int]] = {  # 11 and 2.9 million gradients of each chain
     "yacht": {"chains": 8, "warmup": 1000, "draws": 200, "leapfrogs": 4000, "thin": 10},
     "boston": {"chains": 8, "warmup": 800, "draws": 300, "leapfrogs": 800, "thin": 10},
 }
