@@ -71,7 +71,9 @@ def annealed_bound(
     in unconstrained coordinates u, :math:`u_0 \sim q`, and :math:`u_t` by a transition that leaves :math:`f_{b_t}`
     invariant. Where a latent is global there is one datum, all rows together. The schedule, and step sizes for each
     datum and each part of the way, are found by a pilot with draws of its own and are then fixed: the estimate of p(x)
-    stays unbiased.
+    stays unbiased. The Monte Carlo error is that of chains which differ: where all of them lag behind alike, as from a
+    start far from the posterior in few steps, the bound is low and the error does not tell; `dgm.sandwich` does, and a
+    longer way.
 
     Reference: Neal, "Annealed importance sampling", 2001; Wu, Burda, Salakhutdinov, Grosse, "On the quantitative
     analysis of decoder-based generative models", 2017.

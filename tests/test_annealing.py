@@ -14,6 +14,7 @@ from torch import Tensor
 from dgm import annealing, hmc
 from dgm.annealing import annealed_bound, reverse_annealed_bound
 from dgm.annealing_walk import checked_schedule
+from dgm.bounds import importance_bound
 from dgm.errors import DataError, GuideError, ModelError, OptionError
 from dgm.estimate import Estimate
 from dgm.guides.amortized import Amortized
@@ -26,6 +27,7 @@ from dgm.log_joint import LogJoint
 from dgm.models.bayesian_linear_regression import example as regression
 from dgm.models.linear_vae import LinearVAE
 from dgm.sandwich import sandwich
+from dgm.weights import log_weights
 
 FEW: dict[str, Any] = {"chains": 8, "steps": 60, "leapfrogs": 3}
 
@@ -71,7 +73,7 @@ def brackets(lower: Estimate, upper: Estimate, truth: Tensor) -> bool:
     """Within the stated errors: of the draws, once what is known of the logarithm's bias is put back."""
     low = (lower.mean - lower.bias.mean() - truth.mean()) / lower.mc_se
     high = (upper.mean - upper.bias.mean() - truth.mean()) / upper.mc_se
-    return bool(low.abs() < 4.5) and bool(high.abs() < 4.5) and lower.mean < truth.mean() + 4.5 * lower.mc_se
+    return bool(low.abs() < 4.5) and bool(high.abs() < 4.5)
 
 
 @pytest.mark.parametrize("rows, full_size", [(20, None), (20, 2000)])
@@ -86,13 +88,27 @@ def test_at_the_exact_posterior_every_weight_is_the_evidence(rows: int, full_siz
     assert 0.3 < lower.details["smallest acceptance"] <= lower.details["acceptance"] < 0.95
 
 
-@pytest.mark.parametrize("start", ["prior", "diagonal"])
-@pytest.mark.parametrize("rows", [20, 2000])
+def test_the_scale_of_a_declared_plate_enters_no_log_weight() -> None:
+    model, x = linear(20)
+    program = declared(model, 2000)
+    guide, attached = Amortized(model, x), Amortized(program, x)  # its plate carries the scale by a handler
+    attached.load_state_dict(guide.state_dict())
+    plain, scaled = (
+        importance_bound(log_weights(p, g, x, num_samples=4000)) for p, g in ((model, guide), (program, attached))
+    )
+    truth = model.log_evidence(x)
+    assert float((scaled - truth).abs().mean()) < 2 * float((plain - truth).abs().mean()) + 0.05
+
+
+@pytest.mark.parametrize(
+    "start, rows",
+    [("prior", 20), ("diagonal", 20), pytest.param("prior", 2000, marks=pytest.mark.slow), ("diagonal", 2000)],
+)
 def test_forward_and_reverse_bracket_the_evidence(start: str, rows: int) -> None:
     model, x = linear(rows)
     program, truth = declared(model, 100 * rows), model.log_evidence(x)
     guide = None if start == "prior" else normal(model, diagonal=True, full_size=100 * rows)
-    options = {"chains": 8, "steps": 150, "leapfrogs": 3}
+    options: dict[str, Any] = {"chains": 8, "steps": 100, "leapfrogs": 3}
     lower = annealed_bound(program, guide, x, **options)
     exact = {"z": model.posterior(x).sample((8,))}
     upper = reverse_annealed_bound(program, guide, x, exact=exact, mixing=0, **options)
@@ -107,8 +123,9 @@ def test_a_walk_without_its_acceptance_step_is_found_out(monkeypatch: pytest.Mon
     honest = annealed_bound(model, None, x, **FEW)
     move = hmc.transition
 
-    def careless(target: Any, state: hmc.State, *args: Any) -> Any:
-        return move(target, state, *args, uniform=torch.full_like(state.log_density, 1e-9))  # nearly all is taken
+    def careless(target: Any, state: hmc.State, step: Any, leapfrogs: int, scale: Any) -> Any:
+        nearly_all = torch.full_like(state.log_density, 1e-9)
+        return move(target, state, step, leapfrogs, scale, uniform=nearly_all)
 
     monkeypatch.setattr(hmc, "transition", careless)
     mutant = annealed_bound(model, None, x, strict=False, **FEW)
