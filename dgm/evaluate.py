@@ -25,6 +25,7 @@ from .programs import Program, preserved_rng, program_name
 from .psis import SMALLEST_SAMPLE, k_threshold, pareto_k
 from .runs import Graphs
 from .sites import DATA_PLATE, Latents
+from .thorough import Thorough, add_parts, parts_of
 from .weights import LogWeightSampler
 
 KHAT_SAMPLES = 1000
@@ -45,7 +46,7 @@ def evaluate(
     y_std: float = 1.0,
     seed: int = 0,
     plates: Iterable[str] = (DATA_PLATE,),
-    thorough: bool | Iterable[str] = False,
+    thorough: Thorough = False,
     train: Any = None,
 ) -> Evaluation:
     """Bounds, k-hat, effective sample sizes and predictive scores of a pair on (held-out) data, in bounded memory.
@@ -62,7 +63,8 @@ def evaluate(
         seed: of the draws; the random stream outside is left as it was.
         plates: names of the data plates.
         thorough: True, or some of "latents" (`dgm.latent_diagnostics`), "annealed" (`dgm.annealed_bound` on at most
-            100 rows) and "gaps" (`dgm.gaps` on at most 100 rows): minutes instead of seconds, for local latents.
+            100 rows) and "gaps" (`dgm.gaps` on at most 100 rows): minutes instead of seconds, for local latents. With
+            options: {"annealed": {"steps": 200}, "gaps": {"max_steps": 500}}.
         train: the training rows: for the generalisation part of the gaps, and, where latents are global, for the k-hat
             of their posterior.
 
@@ -89,8 +91,6 @@ def evaluate(
     """
     if not y_std > 0:
         raise OptionError(f"y_std is {y_std!r}, expected the positive standard deviation of y on its original scale")
-    from .thorough import add_parts, parts_of
-
     parts = parts_of(thorough)
     plates = set(plates)
     batch = as_tensors(data[0] if len(data) == 1 else tuple(data), dtype=_dtype(data))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,21 +20,29 @@ ROWS = 100
 """Rows of which the annealed bound and the gaps are made, at most: evenly spaced."""
 
 
-def parts_of(thorough: bool | Iterable[str]) -> tuple[str, ...]:
-    """The parts that were asked for, in their order.
+Thorough = bool | Iterable[str] | Mapping[str, Mapping[str, Any]]
+"""All parts, some of them, or some with options of their functions."""
+
+
+def parts_of(thorough: Thorough) -> dict[str, dict[str, Any]]:
+    """The parts that were asked for, in their order, each with its options.
 
     Raises:
         OptionError: an unknown part.
+
+    >>> parts_of(True), parts_of({"gaps": {"max_steps": 200}})
+    ({'latents': {}, 'annealed': {}, 'gaps': {}}, {'gaps': {'max_steps': 200}})
     """
     if isinstance(thorough, bool):
-        return PARTS if thorough else ()
+        return {name: {} for name in PARTS} if thorough else {}
     asked = [thorough] if isinstance(thorough, str) else list(thorough)
     for name in asked:
         if name not in PARTS:
             raise OptionError(
                 f"thorough has {name!r}, expected some of {', '.join(PARTS)}; {did_you_mean(str(name), PARTS)}"
             )
-    return tuple(name for name in PARTS if name in asked)
+    options = thorough if isinstance(thorough, Mapping) else {}
+    return {name: dict(options.get(name, {})) for name in PARTS if name in asked}
 
 
 def spaced(batch: Sequence[Any], most: int = ROWS) -> tuple[tuple[Any, ...], Tensor]:
@@ -46,7 +54,7 @@ def spaced(batch: Sequence[Any], most: int = ROWS) -> tuple[tuple[Any, ...], Ten
 
 def add_parts(
     result: Evaluation,
-    parts: Sequence[str],
+    parts: Mapping[str, Mapping[str, Any]],
     model: Program,
     guide: Program,
     batch: Sequence[Any],
@@ -69,22 +77,22 @@ def add_parts(
     from .latent_diagnostics import latent_diagnostics
 
     some, rows = spaced(batch)
-    for part in parts:
+    for part, options in parts.items():
+        told: dict[str, Any] = {"seed": seed, "plates": plates, **options}
         try:
             if part == "latents":
-                result.latents = latent_diagnostics(model, guide, *batch, seed=seed, plates=plates)
+                result.latents = latent_diagnostics(model, guide, *batch, **told)
                 result.summary["active_units"] = result.latents.active
             elif part == "annealed":
-                result.annealed = annealed_bound(model, guide, *some, seed=seed, plates=plates)
+                result.annealed = annealed_bound(model, guide, *some, **told)
                 result.annealed_rows = rows
                 result.summary["annealed_bound"] = result.annealed.mean
                 result.summary["annealed_bound_se"] = result.annealed.se
                 result.summary["annealed_bound_mc_se"] = result.annealed.mc_se
             else:
                 fitted = None if train is None else spaced(as_tensors(train), ROWS)[0]
-                result.gaps = gaps(
-                    model, guide, *some, train=fitted, log_evidence=result.annealed, seed=seed, plates=plates
-                )
+                known = result.annealed if fitted is None else None  # log p(x) must be of one kind for all rows
+                result.gaps = gaps(model, guide, *some, train=fitted, log_evidence=known, **told)
                 result.summary["approximation_gap"] = result.gaps.summary["approximation"]
                 result.summary["amortization_gap"] = result.gaps.summary["amortization"]
         except DGMError as error:

@@ -19,6 +19,7 @@ from dgm.errors import OptionError
 from dgm.estimate import Estimate
 from dgm.evaluation import Evaluation
 from dgm.evaluation_page import render
+from dgm.guides.amortized import Amortized
 from dgm.guides.global_ import Global
 from dgm.metrics import VectorPrediction
 from dgm.models import bnn
@@ -170,3 +171,35 @@ def test_page_of_predictions_and_of_points(tmp_path: Path) -> None:
     blocked.write_text("")
     with pytest.raises(OptionError, match="cannot write"):
         predicted(1.0).report(blocked / "page.html")
+
+
+def test_thorough_parts_make_their_verdicts_and_pictures() -> None:
+    model, x = LinearVAE.simulate(40, 4, 2, generator=torch.Generator().manual_seed(0))
+    model.requires_grad_(False)
+    options: dict[str, dict[str, Any]] = {
+        "latents": {"num_samples": 16},
+        "annealed": {"chains": 4, "steps": 30, "leapfrogs": 4},
+        "gaps": {"max_steps": 100, "num_samples": 100},
+    }
+    result = evaluate(model, Amortized(model, x), x, num_samples=200, thorough=options, train=x)
+    assert result.notes == []
+    assert [v.about for v in result.verdicts] == ["evidence", "weights", "gap", "latents"]
+    assert result.annealed is not None and result.annealed_rows is not None and result.gaps is not None
+    exact = model.log_evidence(x).mean().item()
+    assert abs(result.annealed.mean - exact) < 4.5 * result.annealed.mc_se + 0.02
+    gap = about(result, "gap")
+    assert "fixed decoder" in gap.rests and "due to q's family" in gap.says
+    assert result.summary["approximation_gap"] + result.summary["amortization_gap"] == pytest.approx(
+        result.gaps.summary["total"]
+    )
+    page = render(result)
+    for title in ("Where the gap is", "Latent dimensions", "training rows", "annealed importance sampling"):
+        assert title in page
+
+
+def test_parts_that_do_not_go_with_a_pair_are_noted() -> None:
+    model, batch = bnn.example()
+    result = evaluate(model, Global(model, *batch), *batch, num_samples=100, thorough=True)
+    assert result.gaps is None and result.notes[-1].startswith(
+        "latents, annealed, gaps: they are of latents of each row"
+    )
