@@ -80,7 +80,7 @@ def _evidence(result: Evaluation) -> Verdict:
         gain, error = mean_and_standard_error(annealed.values.cpu().double() - own.values.cpu().double())
         better = annealed if annealed.mean > own.mean else own
         says += f" Of the two bounds on {len(own.values)} rows the {better.method} is the better"
-        says += f", by {abs(gain):.3f} ± {error:.3f}."
+        says += f", by {abs(gain):.3f} ± {error:.3f}" + ("." if abs(gain) > 2 * error else ": no clear difference.")
         if gain > max(LOOSE, 2 * error):
             level, says = "caution", says + " The importance bound is loose by at least that."
         rests += f"; {annealed.method} with {annealed.draws} chains"

@@ -83,6 +83,7 @@ def test_verdict_on_the_evidence_names_the_better_bound() -> None:
         )
         said = about(result, "evidence")
         assert said.level == level and f"the {name} is the better, by 0.500" in said.says
+        assert "no clear difference" not in said.says
         best = result.best
         assert best is not None and best.method == name
 
