@@ -9,7 +9,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SUITES = ("binarized_mnist", "estimators", "exact", "families_by_encoder", "speed", "targets", "uci")
+SUITES = (
+    "binarized_mnist",
+    "estimators",
+    "evidence",
+    "exact",
+    "families_by_encoder",
+    "gaps",
+    "gold",
+    "posteriordb",
+    "speed",
+    "targets",
+    "uci",
+)
 
 
 def listing() -> str:
