@@ -48,8 +48,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class Bench:
     """One data set: its rows, its models and guides, and what is measured of each."""
 
-    def __init__(self, name: str, epochs: int | None, rows: int, samples: int, annealed: int, seed: int, free: int):
+    def __init__(
+        self,
+        name: str,
+        epochs: int | None,
+        rows: int,
+        samples: int,
+        annealed: int,
+        seed: int,
+        free: int,
+        tolerance: float,
+    ):
         self.setting, self.seed, self.samples, self.annealed, self.free = SETTINGS[name], seed, samples, annealed, free
+        self.tolerance = tolerance
         self.epochs = epochs or self.setting["epochs"]
         self.data = dgm.load(name)
         generator = torch.Generator().manual_seed(seed)
@@ -87,7 +98,8 @@ class Bench:
         start = time.process_time()
         found = gaps(
             model, guide, self.held_out, train=self.seen, num_samples=self.samples, free_samples=self.free,
-            seed=self.seed, mode=mode, begin=("encoder",), log_evidence=evidence[0], train_log_evidence=evidence[1],
+            seed=self.seed, mode=mode, tolerance=self.tolerance, log_evidence=evidence[0],
+            train_log_evidence=evidence[1],
         )  # fmt: skip
         keys = [key for key in found.summary if not key.startswith("generalisation_log")]
         return {
@@ -130,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100, help="held-out, and as many training rows")
     parser.add_argument("--samples", type=int, default=1000, help="K")
     parser.add_argument("--free-samples", type=int, default=4, help="draws of a step of the free guide")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="nats a row: gain of a round that counts")
     parser.add_argument("--annealed", type=int, default=20, help="rows of the annealed bound; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few epochs and rows: does it run")
@@ -140,10 +153,11 @@ def main() -> None:
         options.epochs, options.rows, options.samples, options.annealed = options.epochs or 2, 10, 100, 4
     bench = Bench(
         options.data, options.epochs, options.rows, options.samples, options.annealed, options.seed,
-        options.free_samples,
+        options.free_samples, options.tolerance,
     )  # fmt: skip
     result: dict[str, Any] = {
-        "protocol": __doc__, **provenance(), "data": options.data, "epochs": bench.epochs, "rows": [], "annealed": {},
+        "protocol": __doc__, **provenance(), "data": options.data, "epochs": bench.epochs,
+        "tolerance": options.tolerance, "rows": [], "annealed": {},
         **{key: value for key, value in bench.setting.items() if key not in ("epochs", "encoders")},
     }  # fmt: skip
     encoders = bench.setting["encoders"]

@@ -28,11 +28,16 @@ Values = dict[str, Tensor]
 
 @dataclass
 class Starts:
-    """A member of the family, and for each way to start the parameters of every row, `(B, ...)` by name."""
+    """A member of the family, and for each way to start the parameters of every row, `(B, ...)` by name.
+
+    Attributes:
+        unit: the latents' scale: median standard deviation of the guide's draws. networks: a member holds matrices.
+    """
 
     member: nn.Module
     values: dict[str, Values]
     unit: float
+    networks: bool = False
 
     @property
     def numbers(self) -> int:
@@ -77,7 +82,7 @@ def starts(
     packing: Packing,
     family: Any,
     seed: int,
-    ways: Sequence[str] = WAYS,
+    ways: Sequence[str] | None = None,
 ) -> Starts:
     """The starts of q* for these rows.
 
@@ -110,16 +115,18 @@ def starts(
         make = files.fresh(part.family, member, packing.size)
     loc, scale = _moments(model, guide, batch, packing, seed)
     values: dict[str, Values] = {}
-    if own is not None and ("encoder" in ways or make is None):
+    networks = any(p.dim() > 1 for p in member.parameters())
+    told = ways if ways is not None else ("encoder",) if networks and own is not None else WAYS
+    if own is not None and ("encoder" in told or make is None):
         values["encoder"] = own[1]
-    if make is not None and ("moments" in ways or not values):
+    if make is not None and ("moments" in told or not values):
         moments = _moment_start(make, loc, scale)
         if moments is None and not values:
             with preserved_rng(0):
                 values["as made"] = _repeated(make(), len(loc))
         elif moments is not None and not ("encoder" in values and _equal(moments, values["encoder"])):
             values["moments"] = moments
-    return Starts(member, values, float(scale.median()))
+    return Starts(member, values, float(scale.median()), networks)
 
 
 def _encoder_start(files: Any, part: Any, batch: Sequence[Any]) -> tuple[nn.Module, Values] | None:
@@ -140,7 +147,8 @@ def _moments(model: Program, guide: Any, batch: Sequence[Any], packing: Packing,
 
     def run(data: Sequence[Any]) -> tuple[Tensor, ...]:
         trace = poutine.trace(pair.run_guide).get_trace(*data)
-        return (packing.pack({b.site.name: trace.nodes[b.site.name]["value"] for b in packing.blocks}),)
+        values: dict[str, Any] = {b.site.name: trace.nodes[b.site.name]["value"] for b in packing.blocks}
+        return (packing.pack(values),)
 
     with preserved_rng(seed):
         draws = torch.cat([u for (u,) in Runs(pair, run, batch).passes(MOMENT_DRAWS)])
@@ -163,11 +171,12 @@ def _moment_start(make: Callable[[], nn.Module], loc: Tensor, scale: Tensor) -> 
 
 
 def _repeated(member: nn.Module, rows: int) -> Values:
-    return {name: p.detach().expand(rows, *p.shape).clone() for name, p in member.named_parameters()}
+    parameters: dict[str, Tensor] = dict(member.named_parameters())
+    return {name: p.detach().expand(rows, *p.shape).clone() for name, p in parameters.items()}
 
 
 def _alike(mine: nn.Module, theirs: nn.Module) -> bool:
-    shapes = [{name: p.shape for name, p in module.named_parameters()} for module in (mine, theirs)]
+    shapes = [{name: tuple(p.shape) for name, p in module.named_parameters()} for module in (mine, theirs)]
     return type(mine) is type(theirs) and shapes[0] == shapes[1]
 
 

@@ -31,7 +31,7 @@ EVERY = 5
 GROWTH = 1.5
 """How much longer a round is at the next smaller step size."""
 
-NEGLIGIBLE = 0.1
+NEGLIGIBLE = 0.5
 """A gain of less than this share of the tolerance counts as none, however significant it is."""
 
 
@@ -43,7 +43,7 @@ class Rule:
     with common random numbers. A row keeps its best parameters until others are better by more than one standard error
     of the paired difference: otherwise luck would choose among equals, and a row at its optimum would leave it. A round
     is idle where what was kept is less than `tolerance` a row, and the mean gain over all rows, losers included, is
-    below two of its standard errors (or below a tenth of `tolerance`). Rows that lost go back to their best parameters;
+    below two of its standard errors (or below half of `tolerance`). Rows that lost go back to their best parameters;
     after an idle round the others go on from their mean, the step size falls to a third, and rounds become half as long
     again. Two idle rounds in a row, at the fourth step size or a later one, are the end.
 
@@ -57,7 +57,7 @@ class Rule:
     round_steps: int = 100
     lr: float = 0.05
     particles: int = 4
-    samples: int = 400
+    samples: int = 200
 
 
 @dataclass
@@ -117,8 +117,7 @@ def optimise(
         seed: of the draws; those of the steps and those of the evaluations are others.
     """
     parameters: dict[str, Tensor] = dict(free.named_parameters())
-    places = [n for n in parameters if n.split(".")[-1].split("|")[0] == "loc"]
-    units = [unit if name in places else 1.0 for name in parameters]
+    units = [_unit(name, p, unit) for name, p in parameters.items()]
     optimiser = torch.optim.Adam(
         [{"params": [p], "lr": rule.lr * u} for p, u in zip(parameters.values(), units, strict=True)],
         betas=(0.9, 0.99),
@@ -164,6 +163,17 @@ def optimise(
             for group, u in zip(optimiser.param_groups, units, strict=True):
                 group["lr"] = rule.lr * u / 3**level
     return found
+
+
+def _unit(name: str, stacked: Tensor, unit: float) -> float:
+    """What a step of size 1 is for a parameter: locations have the latents' scale, and a matrix adds up its columns.
+
+    All entries of a row of a matrix that Adam moves together move its output by their number (Yang and Hu, "Feature
+    learning in infinite-width neural networks", 2021).
+    """
+    if name.split(".")[-1].split("|")[0] == "loc":
+        return unit
+    return 1 / stacked.shape[-1] if stacked.dim() > 2 else 1.0
 
 
 class _Average:

@@ -339,11 +339,12 @@ def test_a_family_of_another_library_keeps_its_context() -> None:
     assert found.summary["amortization"] > 0.1
 
 
-def test_rows_may_come_in_blocks(monkeypatch: pytest.MonkeyPatch, diagonal: Gaps) -> None:
+def test_rows_may_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "ROWS", 11)  # 11 + 11 + 2 rows
     model, x = linear_vae()
     exact = model.log_evidence(x)
-    found = gaps(model, best_guide(model, x, DiagonalNormal), x[:23], log_evidence=exact[:23], num_samples=300)
+    guide = best_guide(model, x, DiagonalNormal)
+    found = gaps(model, guide, x[:23], log_evidence=exact[:23], num_samples=300, **BRIEF)
     assert len(found.per_datum) == 23 and abs(found.summary["amortization"]) < 0.01
     assert (
         abs(found.summary["approximation"] - float(model.diagonal_gap())) < 4.5 * found.summary["approximation_mc_se"]
