@@ -34,7 +34,7 @@ def freed(family: nn.Module, context: Tensor) -> Members:
     >>> from .full_normal import FullNormal
     >>> member, values = freed(FullNormal(3, context=5), torch.randn(7, 5))
     >>> sorted(values), values["lower.bias"].shape
-    (['log_scale.bias', 'loc.bias', 'lower.bias'], torch.Size([7, 3]))
+    (['loc.bias', 'log_scale.bias', 'lower.bias'], torch.Size([7, 3]))
     """
     context = context.detach()
     try:
