@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch
 from dgm.discrepancy import mmd, noise_floor
 from dgm.errors import DGMError, OptionError, did_you_mean
 from dgm.provenance import provenance
+from dgm.store import write_whole
 
 from .posteriordb_data import load, names
 from .posteriordb_rows import LARGEST_Z, Settings, guide_names, rows_of
@@ -90,8 +91,14 @@ def chosen(asked: str | None, known: Sequence[str], what: str, separator: str) -
     return wanted
 
 
-def run(posteriors: Sequence[str], guides: Sequence[str], settings: Settings, folder: Path | None = None) -> list[Any]:
-    """All rows, printed as they come."""
+def run(
+    posteriors: Sequence[str],
+    guides: Sequence[str],
+    settings: Settings,
+    folder: Path | None = None,
+    keep: Callable[[list[Any]], None] = lambda rows: None,
+) -> list[Any]:
+    """All rows, printed as they come, and handed to `keep` whenever a posterior is done."""
     rows: list[dict[str, Any]] = []
     for name in posteriors:
         posterior = load(name, folder)
@@ -109,6 +116,7 @@ def run(posteriors: Sequence[str], guides: Sequence[str], settings: Settings, fo
             new = rows_of(posterior, start, guide, settings)
             rows += [row | {"mmd2_floor": floor.mean, "mmd2_floor_sd": floor.sd} for row in new]
             print(f"  {guide:28s} {_line(new[-1])}", flush=True)
+        keep(rows)
     return rows
 
 
@@ -155,7 +163,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         posteriors = chosen(options.posteriors, known, "posterior", ",") if options.posteriors else default
         default = list(QUICK_GUIDES) if options.quick else guide_names()
         guides = chosen(options.guides, guide_names(), "guide", ";") if options.guides else default
-        rows = run(posteriors, guides, settings, options.folder)
+
+        def keep(rows: list[Any]) -> None:
+            if options.out is not None:
+                found = verdicts(pd.DataFrame(rows))
+                record = {"rows": rows, "checks": found, "settings": vars(settings), "provenance": about}
+                write_whole(options.out, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+
+        rows = run(posteriors, guides, settings, options.folder, keep)
     except DGMError as error:
         parser.error(str(error))
     frame = pd.DataFrame(rows)
@@ -163,9 +178,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = verdicts(frame)
     for text, holds in found.items():
         print(f"{'yes' if holds else 'NO '}  {text}")
-    if options.out is not None:
-        record = {"rows": frame.to_dict("records"), "checks": found, "settings": vars(settings), "provenance": about}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -158,8 +158,8 @@ def eight_schools_centered(data: Data) -> Model:
         mu = pyro.sample("mu", dist.Normal(number(0), number(5)))
         tau = half_cauchy("tau", 5.0)
         theta = pyro.sample("theta", dist.Normal(mu, tau).expand([len(y)]).to_event(1))
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+        # no plate of data: a school's effect is a part of the global vector, so that rows cannot be taken apart
+        pyro.sample("y", dist.Normal(theta, sigma).to_event(1), obs=y)
 
     return Model(program, tuple(columns(data, "y", "sigma")))
 
@@ -171,8 +171,7 @@ def eight_schools_noncentered(data: Data) -> Model:
         mu = pyro.sample("mu", dist.Normal(number(0), number(5)))
         tau = half_cauchy("tau", 5.0)
         z = normals("z", len(y), 1.0)
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+        pyro.sample("y", dist.Normal(mu + tau * z, sigma).to_event(1), obs=y)
 
     def to_parameters(v: Values) -> Values:
         return {"theta": v["mu"][:, None] + v["tau"][:, None] * v["z"], "mu": v["mu"], "tau": v["tau"]}

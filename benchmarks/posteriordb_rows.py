@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dgm
 from dgm.discrepancy import mmd, moment_errors
-from dgm.errors import DGMError
+from dgm.graph import one_line
 from dgm.guides.ensemble import Ensemble
 from dgm.guides.global_ import Global
 from dgm.guides.laplace import Laplace
@@ -88,8 +88,8 @@ def rows_of(posterior: Posterior, start: Start, name: str, settings: Settings) -
     if name == "NUTS":
         try:
             return [row | nuts_row(posterior, start, settings)]
-        except DGMError as error:
-            return [row | {"status": f"{type(error).__name__}: {error}"}]
+        except Exception as error:  # hours of other rows are not to be lost for one
+            return [row | {"status": one_line(error)}]
     program, batch, began = whitened(posterior.model, start), posterior.model.batch, time.process_time()
     try:
         if name == "Laplace":
@@ -103,8 +103,8 @@ def rows_of(posterior: Posterior, start: Start, name: str, settings: Settings) -
             loss=None if name in MEMBERS else dgm.ELBO(settings.particles, draws="sobol"),  # these have their own
             schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.steps),
         )  # fmt: skip
-    except DGMError as error:
-        return [row | {"status": f"{type(error).__name__}: {error}"}]
+    except Exception as error:
+        return [row | {"status": one_line(error)}]
     row["seconds"] = (time.process_time() - began) / settings.seeds
     rows = []
     for fit in fits:
