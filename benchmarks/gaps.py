@@ -5,6 +5,8 @@ it alone. Jointly, each guide trains a decoder of its own. For each: approximati
 Duvenaud, 2018) on held-out and on training rows. log p(x) of the fixed decoder is one number for all guides: the best
 of the importance bounds of its own guide (10 K draws) and of the guide at hand (K draws); jointly it is the latter.
 Annealed importance sampling on a few held-out rows says how far such a bound is from log p(x).
+The best q of a datum is the best that was found: a flow contains a full normal, or nearly, and so by as much as its
+approximation gap is above the full normal's the optimisation stopped short and its amortization gap is too small.
 
     python -m dgm.benchmarks gaps --data digits
 """

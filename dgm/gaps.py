@@ -75,10 +75,11 @@ def gaps(
 
     with q*_n the best member of the family for this datum alone, found by a free guide: parameters for each row, from
     the encoder's own solution, or from its location and scale, by Adam until rounds of steps gain nothing (see
-    `dgm.local_fit.Rule`). What they miss makes the amortization gap too small and the approximation gap too large, in
-    flows by hundredths of a nat. Rounds and starts are compared by draws that nothing is reported with, so that a
-    negative amortization gap is chance, and stands as it is. The same on training rows shows what is a lack of
-    generalisation.
+    `dgm.local_fit.Rule`). What they miss makes the amortization gap too small and the approximation gap too large:
+    nothing to speak of in normals, but a flow whose networks were hardly trained may stop short by tenths of a nat;
+    hold it against `family=FullNormal`. Rounds and starts are compared by draws that nothing is reported with, so that
+    a negative amortization gap is chance, or a q* that stopped short, and stands as it is. The same on training rows
+    shows what is a lack of generalisation.
 
     log p(x) is exact where it is given as a tensor; else the best *lower* bound by its mean over all data: of the given
     estimates, and of the importance bounds of both guides by the draws of their ELBOs. One of them, never a mixture.
