@@ -52,8 +52,6 @@ def _run_terms(pair: Pair, batch: Sequence[Any], plates: set[str]) -> tuple[Tens
             frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
             frame: Any = next((f for f in frames if f.name in plates), None)
             log_prob = sign * node["log_prob"]
-            if trace is guide_trace:  # a guide's plate may carry its scale by a handler, of which no frame tells
-                log_prob, frames = log_prob / node["scale"], []
             for f in frames:
                 if f.full_size is not None and f.full_size != f.size:
                     log_prob = log_prob * (f.size / f.full_size)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, auxiliary, sample_sites
@@ -265,16 +265,36 @@ class _Opened:
     def __init__(self, plate: DataPlate, rows: int, site: bool):
         self.shape = (rows, *([1] * (-plate.dim - 1)))
         self.plate: Any = (pyro.plate if site else IndepMessenger)(plate.name, rows, dim=plate.dim)
-        self.scale = poutine.scale(scale=1.0 if plate.full_size is None else plate.full_size / rows)
+        self.declared = _Declared(plate.name, plate.full_size)
 
     def __enter__(self) -> tuple[int, ...]:
-        self.scale.__enter__()
+        self.declared.__enter__()
         self.plate.__enter__()
         return self.shape
 
     def __exit__(self, *error: Any) -> None:
         self.plate.__exit__(*error)
-        self.scale.__exit__(*error)
+        self.declared.__exit__(*error)
+
+
+class _Declared(Messenger):
+    """Gives a plate the full size that the model's declares, and its scale N / B, without drawing a subsample.
+
+    Whoever takes the scale of a site out reads it from the plate's frame, so that the two must not differ.
+    """
+
+    def __init__(self, name: str, full_size: int | None):
+        super().__init__()
+        self.name, self.full_size = name, full_size
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.full_size is None:
+            return
+        frames = msg["cond_indep_stack"]
+        for i, frame in enumerate(frames):
+            if frame.name == self.name and frame.vectorized and frame.size != self.full_size:
+                msg["cond_indep_stack"] = (*frames[:i], frame._replace(full_size=self.full_size), *frames[i + 1 :])
+                msg["scale"] = msg["scale"] * (self.full_size / frame.size)
 
 
 class Features(nn.Module):
