@@ -209,6 +209,7 @@ def test_a_sandwich_holds_the_evidence_and_names_the_better_bound() -> None:
     assert -4.5 * error < gap < 0.1 and "gap of" in repr(found)
 
 
+@pytest.mark.slow
 def test_chunks_of_rows_give_each_row_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = linear(25)
     monkeypatch.setattr(annealing, "VALUES_AT_ONCE", 8 * 4 * 10)

@@ -327,6 +327,7 @@ def sometimes(limit: float) -> Program:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_fits_that_diverge_are_counted() -> None:
     result = calibrate(normal, sometimes(1.2), torch.zeros(ROWS), trained=False, sets=70, **fitting(20))

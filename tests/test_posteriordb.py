@@ -223,6 +223,7 @@ def test_whitening_changes_the_coordinates_alone(full: bool) -> None:
 # ----------------------------------------------------------------------------------------------------- the suite
 
 
+@pytest.mark.slow
 @needs_folder
 def test_the_suite_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Full normal right, mean field too narrow by what theory says: 1 / sqrt(precision_ii) of a normal posterior."""
