@@ -118,7 +118,7 @@ def evaluate(
         bound = _joined([part.bound for part in found if part.bound is not None], scale)
         frame["bound"] = bound.values.cpu().numpy()
         if discrete:
-            _refuse_positive(model, bound, has_global)
+            _refuse_positive(model, bound, found[0].has_local)
         notes += _notes(frame, num_samples, has_global)
     summary = _summary(frame, bound, num_samples, has_global)
     prediction = None
@@ -164,6 +164,7 @@ class _Part:
     frame: pd.DataFrame
     bound: Estimate | None
     has_global: bool
+    has_local: bool
     is_point: bool
 
 
@@ -193,7 +194,7 @@ def _weights(
     frame = pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
     if is_point:
         frame[:] = math.nan
-    return _Part(frame, bound, sampler.has_global, is_point)
+    return _Part(frame, bound, sampler.has_global, sampler.has_local, is_point)
 
 
 class _Groups:
@@ -243,10 +244,11 @@ def _is_discrete(latents: Latents) -> bool:
     return all(getattr(support, "is_discrete", False) for support in supports)
 
 
-def _refuse_positive(model: Program, bound: Estimate, has_global: bool) -> None:
+def _refuse_positive(model: Program, bound: Estimate, has_local: bool) -> None:
     """A log-probability is at most 0, and E[w] = p(x): Markov says how far above 0 chance may take a bound.
 
-    P(log w_n > t) <= exp(-t) for one datum, and the same for the sum over data, whose weights are independent.
+    P(log w_n > t) <= exp(-t) for one datum, and the same for the sum over data, whose weights are independent. Without
+    local latents a weight is a probability, and there is no chance in it.
 
     Raises:
         ModelError: no chance explains the bound.
@@ -255,10 +257,10 @@ def _refuse_positive(model: Program, bound: Estimate, has_global: bool) -> None:
     if not len(values):
         return
     rounding = 1e-4 * len(values)
-    most = 0.0 if has_global else -math.log(FALSE_ALARM)
+    most = -math.log(FALSE_ALARM) if has_local else 0.0
     worst = int(bound.values.nan_to_num(-math.inf).argmax())
     largest = float(bound.values[worst])
-    if largest > 1e-4 + (0.0 if has_global else most + math.log(len(values))) or float(values.sum()) > most + rounding:
+    if largest > 1e-4 + (most + math.log(len(values)) if has_local else 0.0) or float(values.sum()) > most + rounding:
         raise ModelError(
             f"the bound on log p(x) is {bound.mean:.3g} nats a datum, and {largest:.3g} for row {worst}, for discrete "
             f"data, whose log-probability is at most 0: {program_name(model)}'s likelihood is no probability. Look for "

@@ -171,6 +171,36 @@ def prior_of_one(x: Tensor) -> None:
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
+def test_chance_of_weights_is_not_called_a_wrong_likelihood() -> None:
+    """Weights above one are chance where latents are local; a predictive probability has none."""
+
+    def model(x: Tensor, kind: Any = dist.Bernoulli) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 0.1))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", kind(logits=8.0 + 0.1 * z), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("m", dist.Normal(0.0, 0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.6))
+
+    result = evaluate(model, guide, torch.ones(20), num_samples=20)
+    assert (result.per_datum["bound"] > 0.1).any()  # such chance there is
+    with pytest.raises(ModelError, match="at most 0"):
+        evaluate(lambda x: model(x, TooLikely), guide, torch.ones(20), num_samples=2000)
+
+    def alone(x: Tensor, y: Tensor, kind: Any = dist.Bernoulli) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", kind(logits=8.0 + 0.0 * w + x), obs=y)
+
+    only = lambda *batch: pyro.sample("w", dist.Normal(0.0, 1.0))  # noqa: E731
+    evaluate(alone, only, torch.zeros(1), torch.ones(1), num_samples=20)
+    with pytest.raises(ModelError, match="at most 0"):
+        evaluate(lambda x, y: alone(x, y, TooLikely), only, torch.zeros(1), torch.ones(1), num_samples=20)
+
+
 def test_certain_data_are_not_refused_for_rounding() -> None:
     result = evaluate(lambda x: coin(x, logit=40.0), prior, torch.ones(2000), num_samples=20)
     assert result.summary["bound"] == pytest.approx(0, abs=1e-5)
