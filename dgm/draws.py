@@ -13,10 +13,10 @@ from pyro import poutine
 from torch import Tensor
 
 from .errors import GuideError, OptionError
-from .predictive import predict
 from .files import Dataset
 from .metrics import CategoricalPrediction
 from .pair import Pair
+from .predictive import predict
 from .programs import Program, StartValues, evaluating, preserved_rng
 from .sites import latents
 from .store import write_whole
