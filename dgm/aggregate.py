@@ -12,10 +12,11 @@ from pyro import poutine
 from torch import Tensor
 
 from .bounds import mean_and_standard_error
-from .given import held, log_terms, mapped
+from .given import held, mapped
 from .guide_density import GuideDensity
 from .pair import Pair
 from .programs import evaluating, preserved_rng
+from .row_terms import row_terms
 from .sites import Site
 
 __all__ = ["Aggregate", "aggregate"]
@@ -113,7 +114,7 @@ class _Draw:
         trace = held(self.pair.run_model, now, self.batch)
         for name in [name for name in trace.nodes if name not in self.values]:
             del trace.nodes[name]
-        return log_terms(trace, self.plates, next(iter(now.values())))[0].double()
+        return row_terms(trace, self.plates, next(iter(now.values())))[0].double()
 
     def terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
         """log q(z | x), log q(z), that without the row itself, log p(z), (M,) each; whether p is the same for all."""

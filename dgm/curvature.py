@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .errors import GuideError
 from .linear_calls import Layer, LinearCalls, layers_of
-from .log_joint import LogJoint, by_row, chunks, data_frame
+from .log_joint import LogJoint, chunks
+from .row_terms import by_row, data_frame
 
 COLUMNS = 64
 """Columns of a Hessian in one backward pass."""

@@ -1,18 +1,17 @@
-"""Programs at given values of their sites: their log density by rows, for many values at once."""
+"""Programs at given values of their sites, for many values at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from .log_joint import by_row, data_frame, rows_of
 from .programs import Program, StartValues, isolated
 
-__all__ = ["held", "log_terms", "mapped"]
+__all__ = ["held", "mapped"]
 
 
 def held(run: Program, values: Mapping[str, Tensor], batch: Sequence[Any]) -> Any:
@@ -21,26 +20,6 @@ def held(run: Program, values: Mapping[str, Tensor], batch: Sequence[Any]) -> An
         found = poutine.trace(run).get_trace(*batch)
         found.compute_log_prob()
     return found
-
-
-def log_terms(trace: Any, plates: Iterable[str], like: Tensor, guide: bool = False) -> tuple[Tensor, Tensor]:
-    """What stands inside the data plates, `(B,)`, with every plate's scale taken out, and the rest, `()`.
-
-    guide: take out every scale there is; a guide's plate may carry its own by a handler, of which no frame tells.
-    """
-    names = set(plates)
-    rows: Any = 0.0
-    rest: Any = like.new_zeros(())
-    for node in trace.nodes.values():
-        if node["type"] != "sample" or node["infer"].get("_deterministic"):
-            continue
-        frame, log_prob = data_frame(node, names), torch.as_tensor(node["log_prob"])
-        log_prob = log_prob / node["scale"] if guide else log_prob
-        if frame is None:
-            rest = rest + log_prob.sum()
-        else:
-            rows = rows + (rows_of(log_prob, frame) if guide else by_row(log_prob, node, frame))
-    return (rows if isinstance(rows, Tensor) else like.new_zeros(1)), rest
 
 
 ELEMENTS = 2**22

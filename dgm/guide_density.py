@@ -16,10 +16,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .errors import DataError, GuideError, did_you_mean
-from .given import held, log_terms, mapped
+from .given import held, mapped
 from .noise import recording
 from .posthoc import has_density
 from .programs import Program, bound, evaluating, isolated, preserved_rng, program_name, with_home
+from .row_terms import row_terms
 from .sites import DATA_PLATE, Latents, Packing, Site, read
 from .weights import LogWeights
 
@@ -129,7 +130,7 @@ class GuideDensity:
             raise GuideError(
                 f"{self.name} draws noise that stands in no site: log q is an integral over it and is not known"
             )
-        own_rows, own_rest = log_terms(trace, self.plates, rows, guide=True)
+        own_rows, own_rest = row_terms(trace, self.plates, rows)
         pairs = ((rows, own_rows), (rest, own_rest))
         tolerance = 1e-8 if rows.dtype == torch.float64 else 1e-3
         if not all(torch.allclose(a, b, rtol=tolerance, atol=10 * tolerance) for a, b in pairs):
@@ -212,7 +213,7 @@ class GuideDensity:
         sites.update((name, values[name]) for name in self.latents if name not in self.filled)
         like = next(iter(sites.values()))
         sites.update(self.subsamples)
-        return log_terms(held(self.run, sites, batch), self.plates, like, guide=True)
+        return row_terms(held(self.run, sites, batch), self.plates, like)
 
     def _require(self, values: Values) -> None:
         missing = [name for name in self.latents if name not in values]

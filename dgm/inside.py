@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import GuideError
 from .programs import FunctionProgram, LocalParameters, Program, owner, program_name
+from .row_terms import by_row, data_frame
 from .sites import Latents, Packing, Site
 
 __all__ = ["hidden", "log_joint", "log_target", "missing", "refuse_unknown"]
@@ -101,16 +102,9 @@ def log_joint(
             continue
         if not node["is_observed"] and not node["infer"].get("_deterministic"):
             raise missing(name, model)
-        frame: Any = next((f for f in node["cond_indep_stack"] if f.vectorized and f.name == plate), None)
-        if frame is None:
-            continue
-        term = node["log_prob"]
-        if frame.full_size not in (None, frame.size):
-            term = term * (frame.size / frame.full_size)
-        if term.dim() < -frame.dim:
-            term = term.expand(frame.size, *[1] * (-frame.dim - 1))
-        rows = term.movedim(frame.dim, 0)
-        total = total + rows.reshape(rows.shape[0], -1).sum(-1)
+        frame = data_frame(node, {plate})
+        if frame is not None:
+            total = total + by_row(node["log_prob"], node, frame)
     return total
 
 

@@ -16,8 +16,8 @@ from torch.distributions import Distribution, Independent
 from torch.distributions import Normal as TorchNormal
 
 from .distributions import FamilyDistribution
-from .log_joint import by_row, rows_of
 from .pair import Pair
+from .row_terms import by_row
 from .sites import Site
 
 __all__ = ["Moments", "latent_terms"]
@@ -46,10 +46,7 @@ def latent_terms(pair: Pair, sites: Sequence[Site], batch: Sequence[Any]) -> tup
                 continue
             frame = next((f for f in node["cond_indep_stack"] if f.name == sites[0].plate), None)
             if frame is not None:
-                log_prob = torch.as_tensor(node["log_prob"])
-                # a guide's plate may carry its scale by a handler, of which no frame tells
-                rows = rows_of(log_prob / node["scale"], frame) if trace is guide else by_row(log_prob, node, frame)
-                ratio = ratio + sign * rows
+                ratio = ratio + sign * by_row(torch.as_tensor(node["log_prob"]), node, frame)
     for site in sites:
         raw, q, kl, cross = _coordinates(model.nodes[site.name], normals.get(site.name))
         columns.append(tuple(_rows(t, raw, site) for t in (raw, raw if q is None else q[0], kl, cross)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from .graph import Untraceable, trace
 from .heldout import row_chunks
 from .programs import Program, bound, isolated, with_home
+from .row_terms import by_row, data_frame, row_terms
 from .sites import DATA_PLATE, Packing
 
 Gradient = Callable[..., tuple[Tensor, Tensor]]
@@ -123,16 +124,8 @@ class LogJoint:
     def terms(self, u: Tensor, *batch: Any) -> tuple[Tensor, Tensor]:
         """What stands inside the data plates, `(B,)`, one for each row; and the rest, `()`: priors and Jacobian."""
         found, _, rest = self.trace(u, *batch)
-        rows: Any = u.new_zeros(1)
-        for node in found.nodes.values():
-            if node["type"] != "sample":
-                continue
-            frame = data_frame(node, self.plates)
-            if frame is None:
-                rest = rest + node["log_prob"].sum()
-            else:
-                rows = rows + by_row(node["log_prob"], node, frame)
-        return rows, rest
+        rows, outside = row_terms(found, self.plates, u)
+        return rows, rest + outside
 
     def whole(self, u: Tensor, *batch: Any) -> Tensor:
         """The log joint density of these rows, `()`."""
@@ -217,24 +210,4 @@ def chunks(batch: Sequence[Any], rows: int = 1000) -> list[tuple[bool, tuple[Any
     return [(i == 0, chunk) for i, chunk in enumerate(row_chunks(batch, rows))]
 
 
-def data_frame(node: Any, plates: Iterable[str]) -> Any:
-    """The data plate that a site stands in, or None."""
-    names = set(plates)
-    return next((f for f in node["cond_indep_stack"] if f.vectorized and f.name in names), None)
-
-
-def by_row(log_prob: Tensor, node: Any, frame: Any) -> Tensor:
-    """`(B,)`: a site's log density summed for each row, with the scale of every plate taken out."""
-    for f in node["cond_indep_stack"]:
-        if f.vectorized and f.full_size is not None and f.full_size != f.size:
-            log_prob = log_prob * (f.size / f.full_size)
-    return rows_of(log_prob, frame)
-
-
-def rows_of(log_prob: Tensor, frame: Any) -> Tensor:
-    """`(B,)`: a log density summed for each row of a plate."""
-    rows = log_prob.movedim(frame.dim, 0) if log_prob.dim() >= -frame.dim else log_prob.expand(frame.size)
-    return rows.reshape(rows.shape[0], -1).sum(-1)
-
-
-__all__ = ["LogJoint", "by_row", "chunks", "data_frame", "rows_of"]
+__all__ = ["LogJoint", "chunks"]

@@ -12,9 +12,9 @@ from pyro import poutine
 from torch import Tensor
 
 from .errors import GuideError
-from .log_joint import by_row, data_frame
 from .pair import Pair
 from .programs import evaluating, program_name
+from .row_terms import by_row, data_frame
 from .runs import Graphs, Runs
 from .simulate import Simulation
 from .sites import Site

@@ -13,11 +13,12 @@ from torch import Tensor
 from .bounds import LogWeightSummary
 from .errors import DataError, OptionError
 from .estimate import Estimate
-from .given import held, log_terms, mapped
+from .given import held, mapped
 from .guide_density import GuideDensity
 from .pair import Pair
 from .paired_draws import checked_draws
 from .programs import Program, evaluating, preserved_rng
+from .row_terms import row_terms
 from .sites import DATA_PLATE, Packing
 from .weights import LogWeightSampler, refuse_untrained
 
@@ -137,7 +138,7 @@ def reverse_diagnostics(
         raise DataError(f"exact: expected at least 2 draws, got {count}")
 
     def joint(now: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return log_terms(held(pair.run_model, now, batch), plates, q.global_)
+        return row_terms(held(pair.run_model, now, batch), plates, q.global_)
 
     with evaluating(pair.model, pair.guide):
         rows, rest = mapped(joint, {name: values[name] for name in found}, batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import GuideError, ModelError, OptionError
 from .pair import Pair
 from .programs import Program, preserved_rng, program_name
+from .row_terms import row_terms
 from .runs import Graphs, Runs
 from .sites import DATA_PLATE
 
@@ -43,25 +44,11 @@ def _run_terms(pair: Pair, batch: Sequence[Any], plates: set[str]) -> tuple[Tens
     model_trace = poutine.trace(poutine.replay(pair.run_model, trace=guide_trace)).get_trace(*batch)
     guide_trace.compute_log_prob()
     model_trace.compute_log_prob()
-    local: Any = 0.0
-    global_: Any = 0.0
-    for sign, trace in ((1.0, model_trace), (-1.0, guide_trace)):
-        for node in trace.nodes.values():
-            if node["type"] != "sample":
-                continue
-            frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-            frame: Any = next((f for f in frames if f.name in plates), None)
-            log_prob = sign * node["log_prob"]
-            for f in frames:
-                if f.full_size is not None and f.full_size != f.size:
-                    log_prob = log_prob * (f.size / f.full_size)
-            if frame is None:
-                global_ = global_ + log_prob.sum()
-            else:
-                rows = log_prob.movedim(frame.dim, 0) if log_prob.dim() >= -frame.dim else log_prob.expand(frame.size)
-                local = local + rows.reshape(rows.shape[0], -1).sum(-1)
     device = batch[0].device if batch and isinstance(batch[0], Tensor) else None
-    return torch.as_tensor(local, device=device), torch.as_tensor(global_, device=device)
+    like = torch.empty((), device=device)
+    local, global_ = row_terms(model_trace, plates, like)
+    own_local, own_global = row_terms(guide_trace, plates, like)
+    return local - own_local, global_ - own_global
 
 
 class LogWeightSampler:
@@ -94,7 +81,7 @@ class LogWeightSampler:
                 f"({', '.join(f'{p!r}: {n}' for p, n in sizes.items())}): evaluate a model of one stream, or give "
                 "batches with as many rows in each"
             )
-        self.rows = next(iter(sizes.values()), 1)
+        self.rows, self.has_rows = next(iter(sizes.values()), 1), bool(sizes)
         self.runs = Runs(self.pair, lambda data: _run_terms(self.pair, data, self.plates), batch, graphs)
 
     @property
@@ -107,7 +94,7 @@ class LogWeightSampler:
         if num_samples < 1:
             raise OptionError(f"num_samples is {num_samples}, expected at least 1")
         for local, global_ in self.runs.passes(num_samples, chunk):
-            if local.dim() == 1:  # no data plate: everything belongs to all rows
+            if not self.has_rows:  # no data plate: everything belongs to all rows
                 local = local.new_zeros(len(local), 0)
             yield LogWeights(local, global_, self.has_local, self.has_global)
 

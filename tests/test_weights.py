@@ -328,3 +328,31 @@ def test_streams_of_different_length_have_no_log_weights_for_each_row() -> None:
     guide = Joint(model, x, y, plates=plates, encoder=linear())
     with pytest.raises(ModelError, match="'data': 6, 'labelled': 3"):
         log_weights(model, guide, x, y, num_samples=2, plates=plates)
+
+
+def test_without_a_data_plate_there_are_no_rows() -> None:
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(w, 1.0).expand(x.shape).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("w", dist.Normal(0.3, 0.4))
+
+    terms = log_weight_terms(model, guide, torch.ones(5), num_samples=7)
+    assert terms.local.shape == (7, 0) and terms.global_.shape == (7,)
+    assert torch.equal(terms.total, log_weights(model, guide, torch.ones(5), num_samples=7))
+
+
+def test_a_site_that_the_inner_plate_alone_shapes_counts_for_each_row() -> None:
+    def model(x: Tensor) -> None:  # (B, 3)
+        with pyro.plate("columns", 3, dim=-1), pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("columns", 3, dim=-1), pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.arange(12.0).reshape(4, 3) / 10
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum(1)
+    assert torch.allclose(log_weights(model, guide, x, num_samples=3), exact.expand(3, 4), atol=1e-5)
