@@ -21,7 +21,6 @@ from .gap_table import MODES, Gaps, Mode
 from .local_fit import Rule, compared, frozen, log_weights_of, optimise
 from .pace import Compile
 from .pair import Pair
-from .plain_plates import PlainPlates
 from .posthoc import has_density
 from .programs import Program, program_name
 from .runs import Graphs
@@ -128,9 +127,7 @@ def gaps(
         if len(batch[0]) < 2:
             raise DataError(f"{name}: {len(batch[0])} row; gaps need at least 2 for an error over data")
     given = {"held-out": log_evidence, "train": train_log_evidence}
-    pair, packing, declared = _checked(model, guide, sets["held-out"], plates)
-    if declared:  # log p of one datum has no scale
-        model = PlainPlates(model)
+    pair, packing = _checked(model, guide, sets["held-out"], plates)
     mode = mode if mode is not None else ("joint training" if _trainable(pair) else "fixed decoder")
     with frozen(pair):
         job = _Job(model, guide, packing, family, rule, num_samples, seed, plates, compile, begin)
@@ -163,8 +160,8 @@ def _tensors(data: Sequence[Any]) -> tuple[Tensor, ...]:
     return as_tensors(flat[0] if len(flat) == 1 else tuple(flat), dtype=dtype)
 
 
-def _checked(model: Program, guide: Program, batch: Sequence[Any], plates: set[str]) -> tuple[Pair, Packing, bool]:
-    """The pair, its local latents, and whether a plate declares its full size; or an error why there are no gaps."""
+def _checked(model: Program, guide: Program, batch: Sequence[Any], plates: set[str]) -> tuple[Pair, Packing]:
+    """The pair and its local latents, or an error that says why there are no gaps of it."""
     found = latents(model, *batch, plates=plates)
     if found.global_:
         raise ModelError(
@@ -189,8 +186,7 @@ def _checked(model: Program, guide: Program, batch: Sequence[Any], plates: set[s
             f"{program_name(guide)} has no density (a point): it has no ELBO and so no gap; give a family with one, "
             "such as DiagonalNormal"
         )
-    declared = any(frame.full_size not in (None, frame.size) for frame in found.plates.values())
-    return pair, Packing(found.local), declared
+    return pair, Packing(found.local)
 
 
 def _trainable(pair: Pair) -> bool:
