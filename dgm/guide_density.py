@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from pyro.distributions.transforms import biject_to
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from .coordinates import Coordinates
 from .errors import DataError, GuideError, did_you_mean
 from .given import held, mapped
 from .noise import recording
@@ -59,7 +59,7 @@ class GuideDensity:
     def __init__(
         self, guide: Program, *batch: Any, packings: Sequence[Packing] = (), plates: Iterable[str] = (DATA_PLATE,)
     ):
-        self.guide, self.plates, self.packings = guide, set(plates), list(packings)
+        self.guide, self.plates, self.coordinates = guide, set(plates), Coordinates(packings)
         self.name = program_name(guide)
         if not has_density(guide):
             raise GuideError(f"{self.name} has no density (its has_density is False): log q means nothing for it")
@@ -145,26 +145,17 @@ class GuideDensity:
         A pure function of u, to be differentiated, mapped and traced, with the shapes of `LogJoint.terms`. Keep the
         guide in evaluation mode (`dgm.programs.evaluating`; `torch.func.grad` works inside of it).
         """
-        values: dict[str, Tensor] = {}
-        raw: dict[str, Tensor] = {}
-        leads = [() if p.frame is None else (p.frame.size, *[1] * (-p.frame.dim - 1)) for p in self.packings]
-        sizes = [math.prod(lead) * p.size for lead, p in zip(leads, self.packings, strict=True)]
-        local: Any = 0.0
-        rest: Any = 0.0
-        for packing, lead, part in zip(self.packings, leads, u.split(sizes), strict=True):
-            shaped = part.reshape(*lead, packing.size)
-            own, log_jacobian = packing.unpack(shaped)
-            values.update(own)
-            raw.update(packing.parts(shaped))
-            for term in log_jacobian.values():
-                if packing.frame is None:
-                    rest = rest + term.sum()
-                else:
-                    rows = term.movedim(packing.frame.dim, 0)
-                    local = local + rows.reshape(rows.shape[0], -1).sum(-1)
+        values, log_jacobian = self.coordinates.unpack(u)
         self._require(values)
-        rows, outside = self._terms(values, raw, batch)
-        return rows + local, outside + rest
+        rows, rest = self._terms(values, self.coordinates.raw(u), batch)
+        for name, term in log_jacobian.items():
+            frame = self.latents[name].plate_frame if self.latents[name].plate is not None else None
+            if frame is None:
+                rest = rest + term.sum()
+            else:
+                own = term.movedim(frame.dim, 0)
+                rows = rows + own.reshape(own.shape[0], -1).sum(-1)
+        return rows, rest
 
     def at(self, values: Values, *batch: Any) -> LogWeights:
         """log q at S given values of every latent, each `(S, *its shape)` on its support.
