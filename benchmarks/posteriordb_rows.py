@@ -20,9 +20,9 @@ from dgm.guides.ensemble import Ensemble
 from dgm.guides.global_ import Global
 from dgm.guides.laplace import Laplace
 from dgm.guides.nuts import NUTS
-from dgm.guides.one_of import diagnose
 from dgm.guides.stein import Stein
 from dgm.ladder_families import start_family
+from dgm.mixing import diagnose
 from dgm.pair import Pair
 from dgm.posthoc import has_density
 from dgm.programs import preserved_rng

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .batched import COMPILE_FROM, batched_target
-from .data import as_tensors
+from .data import as_given
 from .drawn import Chains
 from .errors import ModelError, OptionError
 from .hmc import DualAveraging, State, Target, check_target, first_step, start, transition
@@ -89,7 +89,7 @@ def sample_chains(
     if not (isinstance(init_scale, int | float) and 0 <= init_scale < math.inf):
         raise OptionError(f"init_scale is {init_scale!r}, expected a finite number >= 0")
     began = time.perf_counter()
-    data = tensors(data)
+    data = as_given(data)
     packing = global_packing(model, data)
     middle = packing.pack(start_values(model, data, packing.sites)).reshape(-1)
     joint = LogJoint(model, [packing])
@@ -191,13 +191,6 @@ def _length(leapfrogs: int) -> int:
     """L/2 to 3L/2: a fixed length may be a period of the target."""
     least = (leapfrogs + 1) // 2
     return least + int(torch.randint(2 * (leapfrogs - least) + 1, ()))
-
-
-def tensors(data: Iterable[Any]) -> tuple[Any, ...]:
-    """The data as checked tensors, in the type that their floats have."""
-    items = tuple(data)
-    found = [t.dtype for t in items if isinstance(t, Tensor) and t.is_floating_point()]
-    return as_tensors(items, dtype=found[0] if found else None) if items else ()
 
 
 def global_packing(model: Program, data: tuple[Any, ...]) -> Packing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from dataclasses import asdict
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .commands import INTERRUPTED, OK, SOME_FAILED, Source, Task, compile_of, plural, results_folder, saved, task
+from .digest import digest
 from .draws import write_draws
 from .entries import entry_name
 from .errors import DataError, DGMError, OptionError
 from .evaluate import evaluate
-from .files import Dataset
 from .fit import Fit, Interrupted, checked_seed, fit
 from .pace import Compile
 from .posthoc import notes_of
@@ -153,17 +152,8 @@ def _spec(job: Task, guide: str, attach: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "encoder": list(job.encoder),
         "options": options,
-        "rows": _digest(job.data),
+        "rows": digest((*job.data.train, *job.data.test)),
     }
-
-
-def _digest(data: Dataset) -> str:
-    """A fingerprint of training and test rows."""
-    digest = hashlib.sha256()
-    for tensor in (*data.train, *data.test):
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _restored(
@@ -192,7 +182,7 @@ def _restored(
             )
     told = {"model": model, "data": data, "data_dir": data_dir}
     job = task(Source(**{**asdict(source), **{k: v for k, v in told.items() if v is not None}}), saved=kept)
-    if _digest(job.data) != rows:
+    if digest((*job.data.train, *job.data.test)) != rows:
         raise DataError(
             f"the rows of {job.source.data!r} are not those that the run in {folder} was trained and tested on: "
             "give the file as it was by --data"

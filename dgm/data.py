@@ -56,6 +56,17 @@ def as_tensors(
     return tensors
 
 
+def as_given(data: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The arguments of a call as `as_tensors`, in the floating type that their tensors have; () of none.
+
+    >>> as_given([torch.zeros(3, dtype=torch.float64)])[0].dtype, len(as_given([(torch.zeros(3), torch.ones(3))]))
+    (torch.float64, 2)
+    """
+    items = data[0] if len(data) == 1 and isinstance(data[0], tuple | list) else data
+    dtype = next((d.dtype for d in items if isinstance(d, Tensor) and d.is_floating_point()), None)
+    return as_tensors(items[0] if len(items) == 1 else tuple(items), dtype=dtype) if len(items) else ()
+
+
 def array_names(count: int, names: Sequence[str] | None = None) -> list[str]:
     """What messages call the arrays of one data set: x, y, array 2, ..."""
     labels = [*(names or ("x", "y")[:count])]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .bounds import LogWeightSummary, mean_and_standard_error
 from .checks import check_observed
-from .data import as_tensors
+from .data import as_given
+from .digest import digest, digests
 from .errors import ModelError, OptionError
 from .estimate import GROUPS, Estimate
-from .evaluation import Evaluation, digest, digests
+from .evaluation import Evaluation
 from .heldout import row_chunks
 from .pair import chunk_of
 from .posthoc import has_density, notes_of
@@ -93,7 +94,7 @@ def evaluate(
         raise OptionError(f"y_std is {y_std!r}, expected the positive standard deviation of y on its original scale")
     parts = parts_of(thorough)
     plates = set(plates)
-    batch = as_tensors(data[0] if len(data) == 1 else tuple(data), dtype=_dtype(data))
+    batch = as_given(data)
     found, discrete = [], False
     with preserved_rng(seed):
         start, total = 0, len(batch[0])
@@ -131,8 +132,7 @@ def evaluate(
             if draws < num_samples:
                 notes.append(f"predictive scores are of {draws} draws, so that they fit memory; the bound is of all")
     if has_global and train is not None and has_density(guide) and num_samples >= SMALLEST_SAMPLE:
-        seen = as_tensors(train, dtype=_dtype(data))
-        summary["khat_posterior"] = global_khat(model, guide, *seen, seed=seed, plates=plates)
+        summary["khat_posterior"] = global_khat(model, guide, *as_given([train]), seed=seed, plates=plates)
     kind = "log predictive density of held-out rows" if has_global else "bound on log p(x)"
     result = Evaluation(
         frame,
@@ -149,12 +149,6 @@ def evaluate(
     )
     add_parts(result, parts, model, guide, batch, train, plates, seed)
     return result
-
-
-def _dtype(data: Sequence[Any]) -> torch.dtype | None:
-    """Tensors keep their floating type."""
-    flat = data[0] if len(data) == 1 and isinstance(data[0], (tuple, list)) else data
-    return next((d.dtype for d in flat if isinstance(d, Tensor) and d.is_floating_point()), None)
 
 
 @dataclass

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bounds import mean_and_standard_error
 from .errors import DataError, ModelError, OptionError
 from .estimate import Estimate
-from .programs import Program, owner
 
 if TYPE_CHECKING:
     from .gaps import Gaps
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from .metrics import CategoricalPrediction, GaussianPrediction, VectorPrediction
     from .verdicts import Verdict
 
-__all__ = ["Difference", "Evaluation", "digest", "digests"]
+__all__ = ["Difference", "Evaluation"]
 
 
 @dataclass(frozen=True)
@@ -155,25 +153,6 @@ class Evaluation:
         from .evaluation_page import write_page
 
         return write_page(self, path)
-
-
-def digest(tensors: Sequence[Any]) -> str:
-    """A fingerprint of tensors: shapes, types and values."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            plain = tensor.detach().cpu().contiguous()
-            found.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-            found.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-    return found.hexdigest()
-
-
-def digests(program: Program) -> dict[str, str]:
-    """A fingerprint of each parameter and buffer of a program, by name; empty for a function without any."""
-    module = owner(program)
-    if not isinstance(module, nn.Module):
-        return {}
-    return {name: digest([value]) for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _first_difference(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from . import evaluation_plots as plots
 from .metrics import CategoricalPrediction, GaussianPrediction
-from .page import environment, write_text
+from .page import Drawn, environment, shown, write_text
 from .plots import khat_distribution
 from .provenance import provenance
-from .style import COLOURS, svg
+from .style import COLOURS
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -100,7 +98,7 @@ def _bars(summary: Mapping[str, float]) -> list[tuple[str, float, float, float, 
 
 
 def _figures(result: Evaluation) -> list[dict[str, Any]]:
-    frame, drawn = result.per_datum, list[tuple[str, str, str, Figure]]()
+    frame, drawn = result.per_datum, list[Drawn]()
     if result.gaps is not None:
         text = "log p(x) - ELBO in two parts: what the best member of q's family loses for each datum, and what the "
         text += f"encoder loses beside it. {result.gaps.mode.capitalize()}."
@@ -130,16 +128,7 @@ def _figures(result: Evaluation) -> list[dict[str, Any]]:
     if isinstance(result.prediction, GaussianPrediction | CategoricalPrediction):
         text = "On the broken line predictions are calibrated; the band, or bars, is what chance does to these rows."
         drawn.append(("calibration", "Calibration of predictions", text, plots.calibration_curve(result.prediction)))
-    return [
-        {
-            "name": name,
-            "title": title,
-            "text": text,
-            "narrow": figure.get_size_inches()[0] < 8,
-            "svg": Markup(svg(figure, name, f"{title}. {text}")),
-        }
-        for name, title, text, figure in drawn
-    ]
+    return shown(drawn)
 
 
 def render(result: Evaluation) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .bounds import LogWeightSummary
-from .data import as_tensors
+from .data import as_given
 from .errors import DataError, GuideError, ModelError, OptionError
 from .estimate import Estimate
 from .gap_parts import Part, Stream, choose_evidence
@@ -116,9 +116,9 @@ def gaps(
     if begin is not None and not (begin and set(begin) <= set(WAYS)):
         raise OptionError(f"begin is {begin!r}, expected some of {WAYS}")
     rule = Rule(tolerance, max_steps, round_steps, lr, free_samples)
-    sets = {"held-out": _tensors(data)}
+    sets = {"held-out": as_given(data)}
     if train is not None:
-        sets["train"] = _tensors((train,))
+        sets["train"] = as_given([train])
     elif train_log_evidence is not None:
         raise OptionError("train_log_evidence is given without train: give the training rows, or neither")
     if len({len(batch) for batch in sets.values()}) > 1:
@@ -152,12 +152,6 @@ def _check_options(
             raise OptionError(f"{name} is {number!r}, expected a positive number")
     if mode is not None and mode not in MODES:
         raise OptionError(f"mode is {mode!r}, expected one of {', '.join(map(repr, MODES))}")
-
-
-def _tensors(data: Sequence[Any]) -> tuple[Tensor, ...]:
-    flat = data[0] if len(data) == 1 and isinstance(data[0], tuple | list) else data
-    dtype = next((d.dtype for d in flat if isinstance(d, Tensor) and d.is_floating_point()), None)
-    return as_tensors(flat[0] if len(flat) == 1 else tuple(flat), dtype=dtype)
 
 
 def _checked(model: Program, guide: Program, batch: Sequence[Any], plates: set[str]) -> tuple[Pair, Packing]:

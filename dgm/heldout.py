@@ -28,6 +28,13 @@ def row_chunks(batch: Sequence[Any], rows: int = ROWS) -> Iterator[tuple[Any, ..
         )
 
 
+def spaced(batch: Sequence[Any], most: int) -> tuple[tuple[Any, ...], Tensor]:
+    """At most so many rows of a batch, evenly spaced, and their numbers."""
+    count = len(batch[0])
+    rows = torch.linspace(0, count - 1, min(most, count)).round().long().unique()
+    return tuple(item[rows] if isinstance(item, Tensor) and len(item) == count else item for item in batch), rows
+
+
 class HeldOut:
     """Log p of rows that were not trained on, bounded from below for each row.
 

@@ -13,14 +13,13 @@ import torch
 from .aggregate import Aggregate, aggregate
 from .bounds import mean_and_standard_error
 from .errors import DataError, GuideError, ModelError, OptionError
-from .heldout import row_chunks
+from .heldout import row_chunks, spaced
 from .latent_terms import Moments, latent_terms
 from .pair import Pair, chunk_of
 from .posthoc import has_density
 from .programs import Program, preserved_rng, program_name
 from .runs import Graphs, Runs
 from .sites import DATA_PLATE, Latents, Packing, Site
-from .thorough import spaced
 from .weights import refuse_untrained
 
 __all__ = ["LatentDiagnostics", "latent_diagnostics"]

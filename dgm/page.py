@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from .errors import OptionError
+from .style import svg
 
-__all__ = ["environment", "write_text"]
+__all__ = ["Drawn", "environment", "shown", "write_text"]
+
+Drawn = tuple[str, str, str, Figure]
+"""Name (letters and hyphens), title, what it means, and the picture."""
 
 
 def environment() -> Environment:
@@ -22,6 +30,20 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def shown(drawn: Iterable[Drawn]) -> list[dict[str, Any]]:
+    """Pictures as the templates want them."""
+    return [
+        {
+            "name": name,
+            "title": title,
+            "text": text,
+            "narrow": figure.get_size_inches()[0] < 8,
+            "svg": Markup(svg(figure, name, f"{title}. {text}")),
+        }
+        for name, title, text, figure in drawn
+    ]
 
 
 def write_text(page: str, path: str | os.PathLike[str]) -> Path:

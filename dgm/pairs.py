@@ -11,8 +11,9 @@ import torch
 from scipy.special import stdtr, stdtrit
 
 from .bounds import _mean_squares, clustered_difference, clustered_interval
+from .rank_tests import holm
 
-__all__ = ["LEVEL", "decide", "holm", "pair_p_values", "pairwise", "rank_cells", "rank_intervals", "scored"]
+__all__ = ["LEVEL", "decide", "pair_p_values", "pairwise", "rank_cells", "rank_intervals", "scored"]
 
 LEVEL = 0.05
 """Chance that any of the statements "A is better than B" of a comparison is wrong, at most."""
@@ -132,27 +133,6 @@ def _satterthwaite(
         spread = seeds**2 / (r - 1) + data**2 / (n - 1) + residual**2 / ((r - 1) * (n - 1))
         p = 2 * stdtr(np.maximum(whole**2 / spread, 1.0), -np.abs(mean) / np.sqrt(whole / (r * n)))
     return np.where(whole > 0, p, (mean == 0).astype(float))
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    r"""p-values for all statements together: the chance that any true one is refused at a level is at most the level.
-
-    .. math:: \tilde p_{(i)} = \max_{j \le i} \min\{1, (m - j + 1)\, p_{(j)}\}
-
-    Reference: Holm, "A simple sequentially rejective multiple test procedure", 1979.
-
-    Args:
-        p: shape (m,), in [0, 1]; NaN is a statement that cannot be tested, and stays.
-
-    >>> holm(np.array([0.01, 0.04, 0.03])).tolist()
-    [0.03, 0.06, 0.06]
-    """
-    out = np.full(len(p), np.nan)
-    known = np.flatnonzero(~np.isnan(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
-    out[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order])) if len(order) else []
-    return out
 
 
 def rank_intervals(pairs: pd.DataFrame, names: list[str]) -> pd.DataFrame:

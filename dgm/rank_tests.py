@@ -154,17 +154,23 @@ def coverage(u: np.ndarray, level: float) -> Coverage:
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """p-values corrected for their number: any of them below a level errs with at most that probability.
+    r"""p-values for all statements together: the chance that any true one is refused at a level is at most the level.
+
+    .. math:: \tilde p_{(i)} = \max_{j \le i} \min\{1, (m - j + 1)\, p_{(j)}\}
 
     Reference: Holm, "A simple sequentially rejective multiple test procedure", 1979.
 
-    >>> holm(np.array([0.01, 0.5, 0.02])).tolist()
-    [0.03, 0.5, 0.04]
+    Args:
+        p: shape (m,), in [0, 1]; NaN is a statement that cannot be tested, and stays.
+
+    >>> holm(np.array([0.01, 0.04, 0.03])).tolist()
+    [0.03, 0.06, 0.06]
     """
-    order = np.argsort(p, kind="stable")
-    raised = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    out = np.empty(len(p))
-    out[order] = np.minimum(raised, 1.0)
+    out = np.full(len(p), np.nan)
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    out[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order])) if len(order) else []
     return out
 
 

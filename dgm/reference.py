@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import Tensor
 
 from . import __version__
-from .chains import global_packing, sample_chains, tensors
+from .chains import global_packing, sample_chains
+from .data import as_given
+from .digest import digest
 from .drawn import Chains
 from .errors import DataError, OptionError
 from .log_joint import LogJoint
@@ -80,7 +81,7 @@ def reference(
         raise OptionError(f"{unknown[0]!r} is no setting of the chains: expected some of {', '.join(DEFAULTS)}")
     if stale not in ("refuse", "recompute"):
         raise OptionError(f"stale is {stale!r}, expected 'refuse' or 'recompute'")
-    folder, data = writable(Path(folder)), tensors(data)
+    folder, data = writable(Path(folder)), as_given(data)
     packing = global_packing(model, data)
     wanted = identity(model, packing, data, {**DEFAULTS, **protocol})
     path = folder / f"{name}.json"
@@ -118,7 +119,7 @@ def identity(model: Program, packing: Packing, data: tuple[Any, ...], protocol: 
     return {
         "protocol": protocol,
         "model": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-        "data": _data_digest(data),
+        "data": digest(data),
         "density": densities,
     }
 
@@ -143,17 +144,6 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     if not out and not all(a == b or math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-3) for a, b in pairs):
         out.append("the model's log density differs (a prior, a frozen weight, or the network)")
     return out
-
-
-def _data_digest(data: tuple[Any, ...]) -> str:
-    digest = hashlib.sha256()
-    for item in data:
-        if isinstance(item, Tensor):
-            digest.update(f"{item.dtype} {tuple(item.shape)} ".encode())
-            digest.update(item.detach().cpu().contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(item).encode())
-    return digest.hexdigest()
 
 
 def _save(path: Path, chains: Chains, wanted: dict[str, Any]) -> None:

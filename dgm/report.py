@@ -9,12 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from . import plots
-from .page import environment, write_text
-from .style import COLOURS, count, limit, share, shorten, svg
+from .page import Drawn, environment, shown, write_text
+from .style import COLOURS, count, limit, share, shorten
 from .tables import (
     best_place,
     columns,
@@ -83,7 +81,7 @@ def _figures(result: Comparison, order: list[str]) -> list[dict[str, Any]]:
     has_cost = (numbers(table, score) * numbers(table, "seconds")).notna().any()
     has_curve = "elbo" in history and np.isfinite(numbers(history, "elbo")).any()
     is_image = any(np.ndim(p.get(k)) == 3 for p in pictures.values() for k in ("reconstructions", "samples"))
-    drawn: list[tuple[str, str, str, Figure]] = []
+    drawn: list[Drawn] = []
     if has_curve:
         text = "Thin: one seed. Thick: their mean. A curve below the frame is one that has not got there yet."
         drawn.append(("curves", "Training", text, plots.training_curves(history, order)))
@@ -106,16 +104,7 @@ def _figures(result: Comparison, order: list[str]) -> list[dict[str, Any]]:
         text = "Line and band: predicted mean and central interval; dots: held-out data."
         text = "Predicted probability, from blue (0) to yellow (1); marks: held-out data by class." if plane else text
         drawn.append(("band", "Predictions", text, plots.predictive_band(pictures, order)))
-    return [
-        {
-            "name": name,
-            "title": title,
-            "text": text,
-            "narrow": figure.get_size_inches()[0] < 8,
-            "svg": Markup(svg(figure, name, f"{title}. {text}")),
-        }
-        for name, title, text, figure in drawn
-    ]
+    return shown(drawn)
 
 
 def _runs(rows: pd.DataFrame, order: list[str], score: str) -> tuple[list[str], list[list[str]]]:

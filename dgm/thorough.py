@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from .data import as_tensors
+from .data import as_given
 from .errors import OptionError, did_you_mean
+from .heldout import spaced
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -45,13 +43,6 @@ def parts_of(thorough: Thorough) -> dict[str, dict[str, Any]]:
     return {name: dict(options.get(name, {})) for name in PARTS if name in asked}
 
 
-def spaced(batch: Sequence[Any], most: int = ROWS) -> tuple[tuple[Any, ...], Tensor]:
-    """At most so many rows of a batch, evenly spaced, and their numbers."""
-    count = len(batch[0])
-    rows = torch.linspace(0, count - 1, min(most, count)).round().long().unique()
-    return tuple(item[rows] if isinstance(item, Tensor) and len(item) == count else item for item in batch), rows
-
-
 def add_parts(
     result: Evaluation,
     parts: Mapping[str, Mapping[str, Any]],
@@ -76,7 +67,7 @@ def add_parts(
     from .gaps import gaps
     from .latent_diagnostics import latent_diagnostics
 
-    some, rows = spaced(batch)
+    some, rows = spaced(batch, ROWS)
     for part, options in parts.items():
         told: dict[str, Any] = {"seed": seed, "plates": plates, **options}
         try:
@@ -90,7 +81,7 @@ def add_parts(
                 result.summary["annealed_bound_se"] = result.annealed.se
                 result.summary["annealed_bound_mc_se"] = result.annealed.mc_se
             else:
-                fitted = None if train is None else spaced(as_tensors(train), ROWS)[0]
+                fitted = None if train is None else spaced(as_given([train]), ROWS)[0]
                 known = result.annealed if fitted is None else None  # log p(x) must be of one kind for all rows
                 result.gaps = gaps(model, guide, *some, train=fitted, log_evidence=known, **told)
                 result.summary["approximation_gap"] = result.gaps.summary["approximation"]
@@ -99,4 +90,4 @@ def add_parts(
             result.notes.append(f"{part}: {error}")
 
 
-__all__ = ["PARTS", "add_parts", "parts_of", "spaced"]
+__all__ = ["PARTS", "add_parts", "parts_of"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from dgm.distributions import sample_sites
 from dgm.errors import GuideError, ModelError, OptionError
 from dgm.log_joint import Gradient, LogJoint
+from dgm.mixing import diagnose
 from dgm.pair import all_rows, current_rows
 from dgm.programs import Program, isolated, preserved_rng, program_name, with_home
 from dgm.sites import DATA_PLATE, Packing, latents, start_values, trace_once
@@ -22,7 +23,7 @@ from dgm.sites import DATA_PLATE, Packing, latents, start_values, trace_once
 from .amortized import DataPlate
 from .global_ import select
 from .mode import Finished, whole
-from .one_of import OneOf, diagnose
+from .one_of import OneOf
 
 __all__ = ["NUTS"]
 

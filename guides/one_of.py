@@ -9,8 +9,6 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from dgm.mixing import diagnose  # noqa: F401  (it was born here, and is imported from here)
-
 __all__: list[str] = []  # nothing for the registry
 
 

@@ -15,7 +15,8 @@ from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
 from dgm.bounds import clustered_interval
-from dgm.pairs import LEVEL, _satterthwaite, holm, pair_p_values, pairwise, rank_intervals
+from dgm.pairs import LEVEL, _satterthwaite, pair_p_values, pairwise, rank_intervals
+from dgm.rank_tests import holm
 from dgm.ranking import rank, statement, tiers
 from dgm.tables import format_table, verdict
 
