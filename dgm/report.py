@@ -47,19 +47,12 @@ class Comparison(Protocol):
     def pictures(self) -> Mapping[str, Mapping[str, Any]]: ...
     @property
     def meta(self) -> Mapping[str, Any]: ...
+    def statement(self) -> str: ...
 
 
 def grounds(result: Comparison) -> list[str]:
-    """Sentences that say what the verdict rests on, and where it is weak."""
-    table, meta, rows = result.table, result.meta, result.rows
-    done = rows[rows["status"] == "ok"] if "status" in rows else rows
-    seeds = done.groupby("guide", sort=False)["seed"].nunique() if len(done) else pd.Series([0])
-    number = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
-    what = "importance-weighted bounds" if score_name(meta) == "bound" else "log predictive densities"
-    first = f"It rests on the {what} of {meta.get('test_size', 'the')} held-out data and on {number} "
-    out = [first + f"{'seed' if number == '1' else 'seeds'} for each guide."]
-    if seeds.max() == 1:
-        out.append("With one seed the errors cover the choice of held-out data, not the chance of training.")
+    """Sentences that say which order survives, what it rests on, and where it is weak."""
+    table, meta, out = result.table, result.meta, [result.statement()]
     best = best_place(table, score_name(meta))
     bad = float(numbers(table, "khat_bad").iloc[best]) if best is not None else np.nan
     if bad > 0.1 and khat_by_row(meta):
