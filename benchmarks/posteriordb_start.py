@@ -17,7 +17,8 @@ from torch import Tensor
 from dgm.curvature import precision
 from dgm.guides.mode import FixedNormal, positive
 from dgm.log_joint import LogJoint
-from dgm.sites import Packing, latents, start_values, trace_once
+from dgm.packing import Packing
+from dgm.sites import latents, start_values, trace_once
 
 from .posteriordb_models import Model
 

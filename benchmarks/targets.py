@@ -34,11 +34,12 @@ from dgm.guides.global_ import Global
 from dgm.models.bayesian_linear_regression import BayesianLinearRegression
 from dgm.models.bnn import BNN
 from dgm.models.likelihoods import Normal
+from dgm.packing import Packing
 from dgm.posthoc import has_density
 from dgm.programs import isolated, preserved_rng
 from dgm.provenance import provenance
 from dgm.registry import attachments, families
-from dgm.sites import Packing, latents
+from dgm.sites import latents
 
 ATTACHED: dict[str, tuple[str, dict[str, Any]]] = {
     "ensemble of 5 points": ("ensemble", {"members": 5}),

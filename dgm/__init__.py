@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "latents": "sites",
-    "Packing": "sites",
+    "Packing": "packing",
     "SVI": "svi",
     "ELBO": "objectives",
     "ImportanceELBO": "importance",
@@ -90,9 +90,10 @@ if TYPE_CHECKING:
     from .ladder import start_from
     from .latent_diagnostics import latent_diagnostics
     from .objectives import ELBO
+    from .packing import Packing
     from .sandwich import sandwich
     from .sensitivity import sensitivity
-    from .sites import Packing, latents
+    from .sites import latents
     from .svi import SVI
     from .weights import log_weight_terms, log_weights
 

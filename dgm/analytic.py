@@ -13,7 +13,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 
 from .errors import ModelError
-from .sites import Packing
+from .packing import Packing
 from .terms import by_row, data_frame, sample_sites_of
 
 

@@ -15,10 +15,11 @@ from .errors import GuideError, ModelError
 from .graph import Untraceable, one_line, trace
 from .guide_density import GuideDensity
 from .log_joint import LogJoint
+from .packing import Packing
 from .pair import Pair
 from .programs import Program, evaluating, program_name
 from .runs import split
-from .sites import Packing, read, trace_once
+from .sites import read, trace_once
 from .weights import refuse_untrained
 
 __all__ = ["Densities", "Path"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .sites import Packing
+from .packing import Packing
 
 __all__ = ["Coordinates"]
 

@@ -14,7 +14,7 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from .sites import Packing
+from .packing import Packing
 
 
 def sample_and_log_prob(density: Distribution, shape: Size = Size()) -> tuple[Tensor, Tensor]:

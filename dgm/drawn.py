@@ -14,8 +14,8 @@ from .errors import ModelError
 from .graph import REFUSALS
 from .metrics import CategoricalPrediction, GaussianPrediction
 from .mixing import diagnose
+from .packing import Packing
 from .programs import Program, bound, evaluating, isolated, preserved_rng, program_name, with_home
-from .sites import Packing
 
 __all__ = ["Chains"]
 

@@ -21,7 +21,7 @@ from .evaluation import Evaluation
 from .heldout import row_chunks
 from .pair import chunk_of
 from .posthoc import has_density, notes_of
-from .predictive import predict, scores_of
+from .predictive import Prediction, predict, scores_of
 from .programs import Program, preserved_rng, program_name
 from .psis import SMALLEST_SAMPLE, k_threshold, pareto_k
 from .runs import Graphs
@@ -95,17 +95,8 @@ def evaluate(
     parts = parts_of(thorough)
     plates = set(plates)
     batch = as_given(data)
-    found, discrete = [], False
     with preserved_rng(seed):
-        start, total = 0, len(batch[0])
-        graphs, chunks = Graphs(), list(row_chunks(batch))
-        for i, chunk in enumerate(chunks):
-            graphs.batches = sum(len(later[0]) == len(chunk[0]) for later in chunks[i + 1 :])
-            rows = torch.arange(start, start + len(chunk[0]), device=chunk[0].device)
-            with chunk_of(total, rows):
-                discrete = _is_discrete(check_observed(model, chunk, plates))
-                found.append(_weights(model, guide, chunk, num_samples, plates, graphs))
-            start += len(rows)
+        found, discrete = _all_weights(model, guide, batch, num_samples, plates)
     frame = pd.concat([part.frame for part in found], ignore_index=True)
     has_global, notes = found[0].has_global, notes_of(guide)
     bound = None
@@ -124,13 +115,9 @@ def evaluate(
     summary = _summary(frame, bound, num_samples, has_global)
     prediction = None
     if has_global and len(batch) > 1:
-        draws = min(num_samples, max(KHAT_SAMPLES, PREDICTIVE_VALUES // total))
-        with preserved_rng(seed + 1):
-            prediction = predict(model, guide, *batch, num_samples=draws, y_std=y_std)
-        if prediction is not None:
-            summary.update(scores_of(prediction))
-            if draws < num_samples:
-                notes.append(f"predictive scores are of {draws} draws, so that they fit memory; the bound is of all")
+        prediction, few = _predicted(model, guide, batch, num_samples, y_std, seed)
+        summary.update({} if prediction is None else scores_of(prediction))
+        notes += few
     if has_global and train is not None and has_density(guide) and num_samples >= SMALLEST_SAMPLE:
         summary["khat_posterior"] = global_khat(model, guide, *as_given([train]), seed=seed, plates=plates)
     kind = "log predictive density of held-out rows" if has_global else "bound on log p(x)"
@@ -149,6 +136,34 @@ def evaluate(
     )
     add_parts(result, parts, model, guide, batch, train, plates, seed)
     return result
+
+
+def _all_weights(
+    model: Program, guide: Program, batch: Sequence[Any], num_samples: int, plates: set[str]
+) -> tuple[list[_Part], bool]:
+    """The weights of all rows, chunk by chunk, and whether what is observed is discrete."""
+    found, discrete, start, total = [], False, 0, len(batch[0])
+    graphs, chunks = Graphs(), list(row_chunks(batch))
+    for i, chunk in enumerate(chunks):
+        graphs.batches = sum(len(later[0]) == len(chunk[0]) for later in chunks[i + 1 :])
+        rows = torch.arange(start, start + len(chunk[0]), device=chunk[0].device)
+        with chunk_of(total, rows):
+            discrete = _is_discrete(check_observed(model, chunk, plates))
+            found.append(_weights(model, guide, chunk, num_samples, plates, graphs))
+        start += len(rows)
+    return found, discrete
+
+
+def _predicted(
+    model: Program, guide: Program, batch: Sequence[Any], num_samples: int, y_std: float, seed: int
+) -> tuple[Prediction | None, list[str]]:
+    """The predictive of as many draws as fit memory, if the model has one, and a note if they are fewer than K."""
+    draws = min(num_samples, max(KHAT_SAMPLES, PREDICTIVE_VALUES // len(batch[0])))
+    with preserved_rng(seed + 1):
+        prediction = predict(model, guide, *batch, num_samples=draws, y_std=y_std)
+    if prediction is None or draws == num_samples:
+        return prediction, []
+    return prediction, [f"predictive scores are of {draws} draws, so that they fit memory; the bound is of all"]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .estimate import Estimate
 if TYPE_CHECKING:
     from .gaps import Gaps
     from .latent_diagnostics import LatentDiagnostics
-    from .metrics import CategoricalPrediction, GaussianPrediction, VectorPrediction
+    from .predictive import Prediction
     from .verdicts import Verdict
 
 __all__ = ["Difference", "Evaluation"]
@@ -65,7 +65,7 @@ class Evaluation:
     annealed_rows: Tensor | None = None
     gaps: Gaps | None = None
     latents: LatentDiagnostics | None = None
-    prediction: GaussianPrediction | CategoricalPrediction | VectorPrediction | None = None
+    prediction: Prediction | None = None
     model: dict[str, str] = field(default_factory=dict)
     data: str = ""
     meta: dict[str, Any] = field(default_factory=dict)

@@ -13,10 +13,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from .errors import GuideError
+from .packing import Packing
 from .pair import Pair
 from .programs import Program, evaluating, preserved_rng, program_name
 from .runs import Runs
-from .sites import Packing
 
 MOMENT_DRAWS = 200
 

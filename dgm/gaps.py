@@ -20,11 +20,12 @@ from .gap_starts import WAYS, Starts, local_part, starts
 from .gap_table import MODES, Gaps, Mode
 from .local_fit import Rule, compared, frozen, log_weights_of, optimise
 from .pace import Compile
+from .packing import Packing
 from .pair import Pair
 from .posthoc import has_density
 from .programs import Program, program_name
 from .runs import Graphs
-from .sites import DATA_PLATE, Packing, latents
+from .sites import DATA_PLATE, latents
 from .weights import LogWeightSampler, refuse_untrained
 
 __all__ = ["Gaps", "gaps"]

@@ -18,10 +18,11 @@ from .coordinates import Coordinates
 from .errors import DataError, GuideError, did_you_mean
 from .given import held, mapped
 from .noise import recording
+from .packing import Packing
 from .posthoc import has_density
 from .programs import Program, bound, evaluating, isolated, preserved_rng, program_name, with_home
 from .row_terms import row_terms
-from .sites import DATA_PLATE, Latents, Packing, Site, read
+from .sites import DATA_PLATE, Latents, Site, read
 from .weights import LogWeights
 
 __all__ = ["GuideDensity", "log_q"]

@@ -18,9 +18,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .errors import GuideError
+from .packing import Packing
 from .programs import FunctionProgram, LocalParameters, Program, owner, program_name
 from .row_terms import by_row, data_frame
-from .sites import Latents, Packing, Site
+from .sites import Latents, Site
 
 __all__ = ["hidden", "log_joint", "log_target", "missing", "refuse_unknown"]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .errors import GuideError
 from .ladder_families import Start, shapes, start_family
+from .packing import Packing, gather
 from .programs import preserved_rng, program_name
-from .sites import Packing, _gather
 
 
 def start_from(guide: nn.Module, trained: nn.Module) -> Start:
@@ -176,7 +176,7 @@ def _tree(held: Any) -> dict[str, Tensor]:
 
 
 def _packed(packing: Packing, values: Mapping[str, Tensor]) -> Tensor:
-    parts = [_gather(values[b.site.name], b.rest, b.unconstrained_event).reshape(-1) for b in packing.blocks]
+    parts = [gather(values[b.site.name], b.rest, b.unconstrained_event).reshape(-1) for b in packing.blocks]
     return torch.cat(parts)
 
 

@@ -15,11 +15,12 @@ from .bounds import mean_and_standard_error
 from .errors import DataError, GuideError, ModelError, OptionError
 from .heldout import row_chunks, spaced
 from .latent_terms import Moments, latent_terms
+from .packing import Packing
 from .pair import Pair, chunk_of
 from .posthoc import has_density
 from .programs import Program, preserved_rng, program_name
 from .runs import Graphs, Runs
-from .sites import DATA_PLATE, Latents, Packing, Site
+from .sites import DATA_PLATE, Latents, Site
 from .weights import refuse_untrained
 
 __all__ = ["LatentDiagnostics", "latent_diagnostics"]

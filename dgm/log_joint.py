@@ -13,9 +13,10 @@ from torch import Tensor
 from .coordinates import Coordinates
 from .graph import Untraceable, trace
 from .heldout import row_chunks
+from .packing import Packing
 from .programs import Program, bound, isolated, with_home
 from .row_terms import by_row, data_frame, row_terms
-from .sites import DATA_PLATE, Packing
+from .sites import DATA_PLATE
 
 Gradient = Callable[..., tuple[Tensor, Tensor]]
 

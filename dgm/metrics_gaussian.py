@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError, OptionError
-from .mixtures import absolute_moment, mixture_quantile
+from .mixtures import absolute_moment, check_normals, mixture_quantile
 from .score_means import score_means
 
 __all__ = ["GaussianPrediction"]
@@ -64,12 +64,7 @@ class GaussianPrediction:
                 f"scale: expected shape (S, N), (S, 1), (1, N) or () for loc of shape {tuple(loc.shape)}, "
                 f"got {tuple(scale.shape)}: use scale[:, None] for one scale for each draw"
             )
-        for name, value in (("loc", loc), ("scale", scale), ("y", y)):
-            if not value.isfinite().all():
-                bad = int((~value.isfinite()).sum())
-                raise DataError(f"{name}: expected finite values, got {bad} of {value.numel()} NaN or infinite")
-        if not (scale > 0).all():
-            raise DataError(f"scale: expected standard deviations above 0, got a smallest of {scale.min().item():g}")
+        check_normals(loc, scale, y)
         if not (math.isfinite(self.y_std) and self.y_std > 0):
             raise OptionError(f"y_std: expected a positive number, the standard deviation of y, got {self.y_std}")
         # Stored in float64, so that scores of 1e5 draws do not depend on the order of summation.

@@ -13,6 +13,7 @@ from pyro.ops.stats import energy_score_empirical
 from torch import Tensor
 
 from .errors import DataError, OptionError
+from .mixtures import check_normals
 from .score_means import score_means
 
 __all__ = ["VectorPrediction", "energy_score"]
@@ -106,12 +107,7 @@ class VectorPrediction:
             raise DataError(
                 f"scale: expected a shape that broadcasts to {tuple(loc.shape)}, got {tuple(scale.shape)}"
             ) from error
-        for name, value in (("loc", loc), ("scale", scale), ("y", y)):
-            if not value.isfinite().all():
-                bad = int((~value.isfinite()).sum())
-                raise DataError(f"{name}: expected finite values, got {bad} of {value.numel()} NaN or infinite")
-        if not (scale > 0).all():
-            raise DataError(f"scale: expected standard deviations above 0, got a smallest of {scale.min().item():g}")
+        check_normals(loc, scale, y)
         y_std = torch.as_tensor(self.y_std, dtype=torch.float64, device=loc.device)
         if y_std.shape not in ((), (loc.shape[2],)) or not ((y_std > 0) & y_std.isfinite()).all():
             raise OptionError(f"y_std: expected a positive number, or {loc.shape[2]} of them, got {self.y_std}")

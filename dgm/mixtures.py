@@ -7,8 +7,24 @@ import math
 import torch
 from torch import Tensor
 
+from .errors import DataError
+
 ROUNDS = 200
 VALUES = 2**17  # components times data that are looked at at once: they fit a cache
+
+
+def check_normals(loc: Tensor, scale: Tensor, y: Tensor) -> None:
+    """Refuse components or targets that are not finite, and scales that are not positive.
+
+    Raises:
+        DataError: the argument is named.
+    """
+    for name, value in (("loc", loc), ("scale", scale), ("y", y)):
+        if not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise DataError(f"{name}: expected finite values, got {bad} of {value.numel()} NaN or infinite")
+    if not (scale > 0).all():
+        raise DataError(f"scale: expected standard deviations above 0, got a smallest of {scale.min().item():g}")
 
 
 def absolute_moment(mean: Tensor, sd: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from .packing import Packing
 from .programs import Program, owner
-from .sites import Packing
 
 
 def has_density(guide: Program, local: bool | None = None) -> bool:

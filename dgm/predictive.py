@@ -14,10 +14,12 @@ from .pair import Pair
 from .programs import Program
 from .runs import Runs
 
+Prediction = GaussianPrediction | CategoricalPrediction | VectorPrediction
+
 
 def predict(
     model: Program, guide: Program, *batch: Any, num_samples: int = 1000, y_std: float = 1.0
-) -> GaussianPrediction | CategoricalPrediction | VectorPrediction | None:
+) -> Prediction | None:
     """Posterior predictive of a supervised model, or None where it does not say what it predicts.
 
     The model's `forward(x, y)` returns {"loc", "scale"} (a normal target) or {"logits"} (classes); those are collected
@@ -47,7 +49,7 @@ def predict(
     return GaussianPrediction(out["loc"], scale if scale.dim() == 2 else scale[:, None], y, y_std)
 
 
-def scores_of(prediction: GaussianPrediction | CategoricalPrediction | VectorPrediction) -> dict[str, float]:
+def scores_of(prediction: Prediction) -> dict[str, float]:
     """The scores of one row of a comparison, by the names of its columns."""
     scores = prediction.summary()
     if isinstance(prediction, GaussianPrediction):
@@ -55,4 +57,4 @@ def scores_of(prediction: GaussianPrediction | CategoricalPrediction | VectorPre
     return {("calibration_error" if k == "expected_calibration_error" else k): v for k, v in scores.items()}
 
 
-__all__ = ["predict", "scores_of"]
+__all__ = ["Prediction", "predict", "scores_of"]

@@ -20,9 +20,10 @@ from .digest import digest
 from .drawn import Chains
 from .errors import DataError, OptionError
 from .log_joint import LogJoint
+from .packing import Packing
 from .programs import Program, preserved_rng
 from .provenance import provenance
-from .sites import Packing, latents
+from .sites import latents
 from .store import writable, write_whole
 
 __all__ = ["reference"]

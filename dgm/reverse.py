@@ -15,11 +15,12 @@ from .errors import DataError, OptionError
 from .estimate import Estimate
 from .given import held, mapped
 from .guide_density import GuideDensity
+from .packing import Packing
 from .pair import Pair
 from .paired_draws import checked_draws
 from .programs import Program, evaluating, preserved_rng
 from .row_terms import row_terms
-from .sites import DATA_PLATE, Packing
+from .sites import DATA_PLATE
 from .weights import LogWeightSampler, refuse_untrained
 
 __all__ = ["ModeCoverage", "ReverseDiagnostics", "mode_coverage", "reverse_diagnostics"]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from dgm.distributions import as_pyro, auxiliary, sample_sites
 from dgm.entries import entry_name
 from dgm.errors import DGMError, GuideError, did_you_mean
+from dgm.packing import Packing
 from dgm.programs import preserved_buffers, preserved_rng
-from dgm.sites import DATA_PLATE, Packing, Site, latents
+from dgm.sites import DATA_PLATE, Site, latents
 
 from .diagonal_normal import DiagonalNormal
 from .domains import check_scale

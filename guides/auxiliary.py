@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, auxiliary, sample_sites
 from dgm.errors import GuideError
-from dgm.sites import DATA_PLATE, Packing, latents
+from dgm.packing import Packing
+from dgm.sites import DATA_PLATE, latents
 
 from .amortized import DataPlate, encoded, local_sites
 from .diagonal_normal import DiagonalNormal

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from dgm.errors import GuideError
-from dgm.sites import DATA_PLATE, Site, _spread, latents
+from dgm.packing import spread
+from dgm.sites import DATA_PLATE, Site, latents
 
 from .amortized import DataPlate, encoded
 from .global_ import select
@@ -142,7 +143,7 @@ class _Table:
 
     def density(self, theta: Tensor) -> Any:
         """The site's distribution, from (*batch, size)."""
-        density = self.make(logits=_spread(theta, self.rest, torch.Size(self.shape)), validate_args=False)
+        density = self.make(logits=spread(theta, self.rest, torch.Size(self.shape)), validate_args=False)
         return density.to_event(self.dims) if self.dims else density
 
 

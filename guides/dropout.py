@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dgm.distributions import sample_sites
 from dgm.errors import GuideError, OptionError
-from dgm.sites import DATA_PLATE, Packing
+from dgm.packing import Packing
+from dgm.sites import DATA_PLATE
 
 from .layers import global_sites, matrices_of, packed_start, spread
 

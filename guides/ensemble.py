@@ -16,8 +16,9 @@ from dgm.distributions import auxiliary, sample_and_log_prob, sample_sites
 from dgm.errors import GuideError, OptionError
 from dgm.noise import recording
 from dgm.objectives import ELBO, Objective
+from dgm.packing import Packing
 from dgm.programs import preserved_rng
-from dgm.sites import DATA_PLATE, Packing, Site, init_values, latents, trace_once
+from dgm.sites import DATA_PLATE, Site, init_values, latents, trace_once
 
 from .family import make_family
 from .global_ import placed, select

@@ -15,9 +15,10 @@ from torch.distributions import constraints
 from dgm.distributions import auxiliary, sample_and_log_prob, sample_sites
 from dgm.errors import GuideError
 from dgm.noise import Recorded, recording, replaying
+from dgm.packing import Packing
 from dgm.pair import all_rows, current_rows
 from dgm.programs import preserved_rng
-from dgm.sites import DATA_PLATE, Packing, latents
+from dgm.sites import DATA_PLATE, latents
 
 from .amortized import DataPlate, local_sites
 from .diagonal_normal import DiagonalNormal

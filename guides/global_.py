@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dgm.distributions import Affine, as_pyro, auxiliary, sample_sites
 from dgm.errors import GuideError
-from dgm.sites import DATA_PLATE, Latents, Packing, latents, start_values
+from dgm.packing import Packing
+from dgm.sites import DATA_PLATE, Latents, latents, start_values
 
 from .diagonal_normal import DiagonalNormal
 from .domains import check_scale

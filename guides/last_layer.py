@@ -14,7 +14,8 @@ from dgm.distributions import as_pyro, sample_sites
 from dgm.errors import GuideError, OptionError
 from dgm.linear_calls import LinearCalls, layers_of
 from dgm.log_joint import LogJoint
-from dgm.sites import DATA_PLATE, Packing, start_values
+from dgm.packing import Packing
+from dgm.sites import DATA_PLATE, start_values
 
 from .full_normal import FullNormal
 from .global_ import placed

@@ -11,7 +11,8 @@ import torch
 from torch import Size, Tensor
 
 from dgm.errors import GuideError
-from dgm.sites import Block, Packing, Site, latents, start_values
+from dgm.packing import Block, Packing
+from dgm.sites import Site, latents, start_values
 
 from .global_ import select
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, sample_sites
 from dgm.errors import GuideError, OptionError
+from dgm.packing import Packing
 from dgm.programs import program_name
-from dgm.sites import DATA_PLATE, Packing, Site, latents, require_continuous, start_values
+from dgm.sites import DATA_PLATE, Site, latents, require_continuous, start_values
 
 from .full_normal import TriangularNormal
 from .global_ import select

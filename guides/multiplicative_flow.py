@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dgm.distributions import as_pyro, sample_sites
 from dgm.errors import GuideError
-from dgm.sites import DATA_PLATE, Packing
+from dgm.packing import Packing
+from dgm.sites import DATA_PLATE
 
 from .domains import check_scale, check_size, check_widths
 from .inverse_autoregressive_flow import GatedStep, InverseAutoregressiveFlow

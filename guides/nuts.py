@@ -16,9 +16,10 @@ from dgm.distributions import sample_sites
 from dgm.errors import GuideError, ModelError, OptionError
 from dgm.log_joint import Gradient, LogJoint
 from dgm.mixing import diagnose
+from dgm.packing import Packing
 from dgm.pair import all_rows, current_rows
 from dgm.programs import Program, isolated, preserved_rng, program_name, with_home
-from dgm.sites import DATA_PLATE, Packing, latents, start_values, trace_once
+from dgm.sites import DATA_PLATE, latents, start_values, trace_once
 
 from .amortized import DataPlate
 from .global_ import select

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dgm.distributions import sample_sites
 from dgm.errors import GuideError
-from dgm.sites import DATA_PLATE, Packing
+from dgm.packing import Packing
+from dgm.sites import DATA_PLATE
 
 from .domains import check_scale, check_size
 from .layers import global_sites, matrices_of, packed_start, spread

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dgm.errors import GuideError
 from dgm.inside import hidden, missing, refuse_unknown
-from dgm.sites import DATA_PLATE, Packing, Site, latents, trace_once
+from dgm.packing import Packing
+from dgm.sites import DATA_PLATE, Site, latents, trace_once
 
 from .amortized import DataPlate, encoded, local_sites
 from .heads import Head

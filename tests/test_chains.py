@@ -26,8 +26,9 @@ from dgm.metrics import CategoricalPrediction, GaussianPrediction
 from dgm.mixing import diagnose
 from dgm.models import bnn
 from dgm.models.bayesian_linear_regression import BayesianLinearRegression
+from dgm.packing import Packing
 from dgm.reference import reference
-from dgm.sites import Packing, latents
+from dgm.sites import latents
 
 SIGMAS = 4.5
 SHORT: dict[str, Any] = {"chains": 2, "warmup": 20, "draws": 5, "leapfrogs": 3}

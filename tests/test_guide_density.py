@@ -30,9 +30,10 @@ from dgm.guides.point import Point
 from dgm.guides.semi_amortized import SemiAmortized
 from dgm.guides.top_down import TopDown
 from dgm.models import bayesian_linear_regression, bnn, hierarchical_vae, vae
+from dgm.packing import Packing
 from dgm.pair import Pair
 from dgm.programs import evaluating, isolated
-from dgm.sites import Packing, latents
+from dgm.sites import latents
 
 
 def draws_of(density, *batch, count=3):

@@ -22,8 +22,9 @@ from dgm.benchmarks.posteriordb_series import log_path, log_product, recursion
 from dgm.benchmarks.posteriordb_start import coordinates, find_start, whitened
 from dgm.errors import DataError, OptionError
 from dgm.log_joint import LogJoint
+from dgm.packing import Packing
 from dgm.programs import isolated
-from dgm.sites import Packing, latents
+from dgm.sites import latents
 
 FOLDER = Path(os.environ.get("DGM_DATA", ".")) / "posteriordb"
 

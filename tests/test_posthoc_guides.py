@@ -29,9 +29,10 @@ from dgm.models import linear_vae
 from dgm.models.bayesian_linear_regression import BayesianLinearRegression
 from dgm.models.bnn import BNN
 from dgm.models.likelihoods import Bernoulli, Normal
+from dgm.packing import Packing
 from dgm.posthoc import has_density, notes_of
 from dgm.programs import isolated, preserved_rng
-from dgm.sites import Packing, latents
+from dgm.sites import latents
 from dgm.testing import SIGMAS, ContractError, check_exact
 from dgm.weights import log_weight_terms
 
