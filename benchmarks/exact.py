@@ -2,8 +2,10 @@
 
 Linear VAE (probabilistic PCA), data drawn from it, decoder fixed to the truth, guide amortized by a linear encoder: the
 full normal must reach the mean exact evidence, the diagonal normal stop short by its analytic KL, and both bounds of
-K = 5000 meet the evidence. Bayesian linear regression: mean and covariance of a minibatched full normal guide; with
-N/B = 50 the minibatch noise of 20,000 one-sample gradients alone leaves 0.17 of a correlation, so B = 100 there.
+K = 5000 meet the evidence. Of the gap (`dgm.gaps`, 50 rows) the family's part must be that KL and the encoder's nothing.
+k-hat of q = N(0, s^2) under p = N(0, 1) must be near 1 - s^2 for each datum, whatever size the plate declares.
+Bayesian linear regression: mean and covariance of a minibatched full normal guide; with N/B = 50 the minibatch noise of
+20,000 one-sample gradients alone leaves 0.17 of a correlation, so B = 100 there.
 
     python -m dgm.benchmarks.exact
 """
@@ -16,7 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
+from torch import Tensor
 
 import dgm
 from dgm.guides.amortized import Amortized
@@ -29,6 +34,7 @@ from dgm.models.linear_vae import LinearVAE
 from dgm.optim import adam
 from dgm.programs import preserved_rng
 from dgm.provenance import provenance
+from dgm.psis import pareto_k
 
 BATCH = 20
 SCHEDULE = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.998)
@@ -50,14 +56,38 @@ def linear_vae(rows: int, steps: int, seed: int = 0) -> list[dict[str, Any]]:
         )
         scores = dgm.evaluate(model, guide, x, num_samples=5000).summary
         expected = gap if family is DiagonalNormal else 0.0
+        some = x[:50]
+        parts = dgm.gaps(model, guide, some, log_evidence=model.log_evidence(some), num_samples=4000).summary
         out.append(
             {
                 "model": "linear VAE", "rows": rows, "batch": BATCH, "guide": family.__name__, "evidence": evidence,
                 "elbo_minus_evidence": scores["elbo"] - evidence, "expected": -expected,
                 "bound_minus_evidence": scores["bound"] - evidence, "bound_se_over_data": scores["bound_se"],
+                "bound_mc_se": scores["bound_mc_se"],
+                **{f"{part}_gap": parts[part] for part in ("approximation", "amortization")},
+                **{f"{part}_gap_mc_se": parts[f"{part}_mc_se"] for part in ("approximation", "amortization")},
             }
         )  # fmt: skip
     return out
+
+
+def khat(scale: float, rows: int, declared: int, draws: int = 4000) -> dict[str, Any]:
+    """Mean and spread of k-hat over data; theory has 1 - s^2 for every datum, the declared size of the plate none."""
+
+    def program(width: float, x: Tensor) -> None:
+        with pyro.plate("data", declared * len(x), subsample_size=len(x)):
+            pyro.sample("z", dist.Normal(0.0, width))
+
+    def model(x: Tensor) -> None:
+        program(1.0, x)
+        pyro.factor("observed", torch.zeros(()))
+
+    weights = dgm.log_weights(model, partial(program, scale), torch.zeros(rows), num_samples=draws)
+    found = pareto_k(weights.double())
+    return {
+        "model": "normal", "rows": rows, "plate": declared * rows, "guide": f"normal of width {scale}",
+        "khat": float(found.mean()), "khat_sd": float(found.std()) if rows > 1 else None, "expected": 1 - scale**2,
+    }  # fmt: skip
 
 
 def regression(rows: int, steps: int, seed: int = 0) -> dict[str, Any]:
@@ -102,6 +132,7 @@ def main() -> None:
         rows += linear_vae(count, options.steps)
     for count in (BATCH, 50 * BATCH):
         rows.append(regression(count, 5 * options.steps))
+    rows += [khat(s, n, d) for s in (0.9, 0.8, 0.7, 0.5) for n, d in ((1, 1), (100, 1), (1000, 1), (1000, 100))]
     for row in rows:
         print(json.dumps(row), flush=True)
     if options.out is not None:

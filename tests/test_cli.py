@@ -261,12 +261,31 @@ def test_an_interrupted_comparison_writes_what_was_finished(here: Path, monkeypa
 # ------------------------------------------------------------------------------------------- a trained pair
 
 
+def test_thorough_is_asked_of_the_evaluation(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("train", "--model", "linear-vae", "--epochs", 1, "--out", "run")
+    asked: list[dict[str, Any]] = []
+
+    def seen(*args: Any, **options: Any) -> Any:
+        asked.append(options)
+        return dgm.evaluate(*args, **{**options, "thorough": False})
+
+    monkeypatch.setattr("dgm.commands_run.evaluate", seen)
+    run("evaluate", "run", "--samples", 100, "--thorough")
+    run("evaluate", "run", "--samples", 100)
+    assert [options["thorough"] for options in asked] == [True, False]
+    assert all(len(options["train"][0]) == 1437 for options in asked)
+
+
 def test_train_evaluate_sample(here: Path) -> None:
     output = run("train", "--epochs", 1, "--guide", "diagonal-normal", "--out", "run")
     assert (
         output.startswith("VAE on digits with diagonal-normal: 1 epoch") and "elbo" in output and "run: run" in output
     )
-    assert "bound on log p(x), K = 100, 360 rows" in run("evaluate", "run", "--samples", 100)
+    said = run("evaluate", "run", "--samples", 100)
+    assert "bound on log p(x), K = 100, 360 rows" in said and "log p(x) is at least" in said and "k-hat of 360" in said
+    page = (Path("run") / "evaluation.html").read_text()
+    assert "The importance weights" in page and "The worst rows" in page  # verdicts, and images of the data set
+    assert "page: other.html" in run("evaluate", "run", "--samples", 100, "--out", "other.html")
     run("sample", "run", "--n", 5)
     assert Path("run/samples.png").read_bytes().startswith(b"\x89PNG")
     run("sample", "run", "--n", 5, "--out", "new/x.csv", "--pixels")
