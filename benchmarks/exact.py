@@ -2,7 +2,7 @@
 
 Linear VAE (probabilistic PCA), data drawn from it, decoder fixed to the truth, guide amortized by a linear encoder: the
 full normal must reach the mean exact evidence, the diagonal normal stop short by its analytic KL, and both bounds of
-K = 5000 meet the evidence. Of the gap (`dgm.gaps`, 50 rows) the family's part must be that KL and the encoder's nothing.
+K = 5000 meet the evidence. Of the gap (`dgm.gaps`, 50 rows) the family's must be that KL, the encoder's nothing.
 k-hat of q = N(0, s^2) under p = N(0, 1) must be near 1 - s^2 for each datum, whatever size the plate declares.
 Bayesian linear regression: mean and covariance of a minibatched full normal guide; with N/B = 50 the minibatch noise of
 20,000 one-sample gradients alone leaves 0.17 of a correlation, so B = 100 there.
@@ -132,7 +132,7 @@ def main() -> None:
         rows += linear_vae(count, options.steps)
     for count in (BATCH, 50 * BATCH):
         rows.append(regression(count, 5 * options.steps))
-    rows += [khat(s, n, d) for s in (0.9, 0.8, 0.7, 0.5) for n, d in ((1, 1), (100, 1), (1000, 1), (1000, 100))]
+    rows += [khat(s, n, d) for s in (0.9, 0.8, 0.7, 0.5) for n, d in ((1, 1), (100, 1), (1000, 1), (10_000, 100))]
     for row in rows:
         print(json.dumps(row), flush=True)
     if options.out is not None:
