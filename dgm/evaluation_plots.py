@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from .errors import DataError
 from .metrics import GaussianPrediction
@@ -137,22 +136,16 @@ def calibration_curve(prediction: GaussianPrediction | CategoricalPrediction) ->
         axes.set_xlabel("level of the predictive interval")
         axes.set_ylabel("share of held-out rows inside")
     else:
-        confidence, right = (t.cpu().numpy() for t in (prediction.probs.max(-1).values, _right(prediction)))
-        groups = [g for g in np.array_split(np.argsort(confidence), min(10, len(confidence))) if len(g)]
-        middle = np.array([confidence[g].mean() for g in groups])
-        hit = np.array([right[g].mean() for g in groups])
-        error = np.array([np.sqrt(max(h * (1 - h), 1e-12) / len(g)) for h, g in zip(hit, groups, strict=True)])
-        axes.errorbar(middle, hit, 2 * error, color=COLOURS[0], linewidth=1.0, marker="o", markersize=4)
+        bins = prediction.reliability(10, "equal-mass").frame.dropna()
+        ends = [bins["accuracy"] - bins["accuracy_low"], bins["accuracy_high"] - bins["accuracy"]]
+        look: dict[str, Any] = {"color": COLOURS[0], "linewidth": 1.0, "marker": "o", "markersize": 4}
+        axes.errorbar(bins["confidence"], bins["accuracy"], np.clip(ends, 0, None), **look)
         axes.set_xlabel("confidence (ten groups of equal size)")
         axes.set_ylabel("accuracy")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     _grid(axes, "both")
     return figure
-
-
-def _right(prediction: CategoricalPrediction) -> Tensor:
-    return (prediction.probs.argmax(-1) == prediction.y).double()
 
 
 @styled

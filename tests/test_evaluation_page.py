@@ -19,9 +19,10 @@ from dgm.errors import OptionError
 from dgm.estimate import Estimate
 from dgm.evaluation import Evaluation
 from dgm.evaluation_page import render
+from dgm.evaluation_plots import calibration_curve
 from dgm.guides.amortized import Amortized
 from dgm.guides.global_ import Global
-from dgm.metrics import VectorPrediction
+from dgm.metrics import CategoricalPrediction, VectorPrediction
 from dgm.models import bnn
 from dgm.models.linear_vae import LinearVAE
 
@@ -122,6 +123,13 @@ def test_verdict_on_classes_catches_over_confidence() -> None:
     over = about(evaluated(4.0), "calibration")
     assert over.level == "bad" and "larger than its accuracy" in over.says
     assert about(evaluated(4.0), "abstaining").says.endswith("no clear gain.")  # it is as certain of every row
+
+
+def test_bars_of_accuracy_do_not_vanish_where_all_are_right() -> None:
+    logits = torch.linspace(0.5, 5.0, 40).expand(1, 40)
+    (bars,) = calibration_curve(CategoricalPrediction(logits, torch.ones(40))).axes[0].containers
+    lengths = [abs(float(line[1, 1] - line[0, 1])) for line in bars.lines[2][0].get_segments()]
+    assert len(lengths) == 10 and min(lengths) > 0.3  # Wilson's interval of four of four begins at a half
 
 
 def test_targets_of_several_columns_have_scores() -> None:
