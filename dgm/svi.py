@@ -16,12 +16,13 @@ import pyro
 import torch
 from torch import Tensor
 
-from .checks import check_autoguide_rows, check_observed, explain_draws, explain_nonfinite
+from .checks import check_autoguide_rows, check_observed, explain_draws
 from .compiled import CompiledStep
 from .errors import DataError, GuideError, ModelError, OptionError, TrainingError
 from .flush import flushed
 from .graph import Graph, Untraceable, scalars
 from .noise import Recorded, recording
+from .nonfinite import explain_nonfinite
 from .optim import make_optimiser
 from .pace import MODES, Compile, Kind, Pace, cost
 from .pair import NotReparameterised, Pair, batch_rows
