@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +23,33 @@ SAVED_BY_REPLICAS = 0.8
 """What compiling saves on the traced step of many small replicas, whose operations cost less than their launch."""
 SAMPLES = 5
 """Steps that are timed before anything is decided."""
+EAGER_STEP, OPERATION = 5e-3, 6e-6
+"""Seconds of Pyro's Python in an eager step, and of torch's for each operation of a traced one, at least."""
+
+_steady: ContextVar[bool] = ContextVar("dgm_steady", default=False)
+
+
+@contextmanager
+def steady_choices() -> Iterator[None]:
+    """Let nothing that is decided for speed depend on the clock.
+
+    Eager, traced and compiled steps, and steps in one thread or several, differ by rounding. A training that is resumed
+    gives the bits of one that was never stopped only if both choose alike: by the sizes, not by the time they took.
+
+    >>> with steady_choices():
+    ...     steady()
+    True
+    """
+    token = _steady.set(True)
+    try:
+        yield
+    finally:
+        _steady.reset(token)
+
+
+def steady() -> bool:
+    """Whether choices must not depend on the clock, now."""
+    return _steady.get()
 
 
 @dataclass
@@ -50,7 +80,10 @@ class Pace:
 
     def pays(self, kind: Kind, remaining: int | None, operations: int = 0) -> bool:
         """Whether going over to this kind is expected to save more than it costs."""
-        seconds = self.seconds("eager" if kind == "trace" else "trace")
+        if steady():  # `remaining` is then the length of the whole run, of which a resumed one knows as well
+            seconds: float | None = EAGER_STEP if kind == "trace" else OPERATION * operations
+        else:
+            seconds = self.seconds("eager" if kind == "trace" else "trace")
         if seconds is None:
             return False
         left = self.done if remaining is None else remaining

@@ -13,7 +13,7 @@ from .checks import explain_draws
 from .errors import ModelError
 from .graph import Layout, Untraceable, agrees, scalars, trace
 from .noise import Recorded, recording
-from .pace import SAVED_BY_REPLICAS, Kind, Pace, cost
+from .pace import SAVED_BY_REPLICAS, Kind, Pace, cost, steady
 from .programs import preserved_buffers, preserved_rng, program_name
 from .whole import CompilerFailed, compile_step, linear_in_gradients, whole_step
 
@@ -149,7 +149,7 @@ class ReplicaGraph:
             return "inductor"
         if owner.compile == "trace" or owner.uncompiled is not None or owner.rule is None:
             return "trace"
-        left = None if owner.horizon is None else owner.horizon - owner.steps + 1
+        left = None if owner.horizon is None else owner.horizon - (0 if steady() else owner.steps - 1)
         operations = len(self.gradients.graph.nodes) + UPDATE * len(owner.parameters)
         if owner.compile == "auto" and not self.pace.pays("inductor", left, operations):
             return "trace"

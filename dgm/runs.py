@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .graph import Untraceable, one_line, trace
 from .noise import Recorded, recording
+from .pace import steady
 from .pair import Pair, all_rows, current_rows
 from .programs import evaluating, preserved_rng
 
@@ -168,7 +169,7 @@ class Graphs:
     def pays(self, key: Any, to_come: int) -> bool:
         """Count an eager pass, and say whether a graph would now be worth its trace."""
         self._done[key] = self._done.get(key, 0) + 1
-        return self.fallback is None and self._done[key] + to_come > PASSES
+        return self.fallback is None and (steady() or self._done[key] + to_come > PASSES)
 
     def add(self, key: Any, runs: Runs, state: dict[str, Tensor], noise: Sequence[Tensor], truth: Any) -> None:
         """Trace a pass, and keep the graph if it gives what the program gave on this noise."""

@@ -24,7 +24,7 @@ from .graph import Graph, Untraceable, scalars
 from .noise import Recorded, recording
 from .nonfinite import explain_nonfinite
 from .optim import make_optimiser
-from .pace import MODES, Compile, Kind, Pace, cost
+from .pace import MODES, Compile, Kind, Pace, cost, steady
 from .pair import NotReparameterised, Pair, batch_rows
 from .programs import Program, preserved_buffers, preserved_rng, program_name
 from .rules import Counter
@@ -201,9 +201,10 @@ class SVI(pyro.infer.SVI):
             return "inductor"
         if not self.compile or self.fallback is not None:
             return "eager"
-        auto, left = self.compile == "auto", None if self.horizon is None else self.horizon - self.steps
+        auto = self.compile == "auto"
+        left = None if self.horizon is None else self.horizon - (0 if steady() else self.steps)
         if key not in self._graphs:
-            if pace.done < self.warm or (auto and not pace.pays("trace", left)):
+            if (pace.done < self.warm and not steady()) or (auto and not pace.pays("trace", left)):
                 return "eager"
             if not self._make_graph(key, batch, rows):
                 return "eager"
