@@ -54,7 +54,8 @@ def locked(folder: str | os.PathLike[str], name: str = LOCK) -> Iterator[Path]:
         raise OptionError(f"cannot write to {place}: {error.strerror or error}; give another folder") from error
     if handle is None:
         if not _own(holder := _holder(path)):
-            raise OptionError(f"{place} is in use by {_told(holder)}: wait until it has ended, or give another folder")
+            cure = "" if path.name == name else f" (if it has ended, remove {path})"
+            raise OptionError(f"{place} is in use by {_told(holder)}: wait for its end, or give another folder{cure}")
         yield place
         return
     try:

@@ -51,7 +51,7 @@ def test_the_other_process_is_named_and_a_killed_one_blocks_nobody(
         monkeypatch.setattr(lock, "_claimed", without_locks)
     other = held_by_another(tmp_path, *words)
     try:
-        with pytest.raises(OptionError, match=rf"in use by process {other.pid} on .*wait until"), locked(tmp_path):
+        with pytest.raises(OptionError, match=rf"in use by process {other.pid} on .*wait for"), locked(tmp_path):
             raise AssertionError("two hold it")
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
