@@ -326,7 +326,7 @@ def run_list(what: str) -> int:
     if what not in ("all", *sections):
         raise OptionError(f"list {what!r}: expected models, guides, data or compatibility")
     if what != "data":
-        broken = {item.name: f"cannot be imported: {item.error} ({item.source})" for item in registry.broken()}
+        broken = {item.name: f"cannot be used: {item.error} ({item.source})" for item in registry.broken()}
         sections.setdefault("broken", {"broken": broken} if broken else {})
     parts = []
     for key, tables in sections.items():

@@ -144,7 +144,7 @@ def test_list_says_everything_in_one_line_each(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         commands.registry, "broken", lambda: [commands.registry.Broken("sea", "dgm-sea", "ImportError: x")]
     )
-    assert "cannot be imported: ImportError: x (dgm-sea)" in run("list", "models")
+    assert "cannot be used: ImportError: x (dgm-sea)" in run("list", "models")
 
 
 def test_inspect_names_latents_observed_plates_and_parameters() -> None:
