@@ -1,0 +1,138 @@
+"""The code that a suite's numbers depend on, as fingerprints that comments and formatting do not change.
+
+Of a suite: the definitions of its own folder that its `run` reaches by name, followed through imports between the files
+of that folder. Code that only the report uses is not among them, so a new caption recomputes nothing. Of the library:
+all of its files; that fingerprint is kept beside each result and a difference is told, but it is no part of the key.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+__all__ = ["library", "reached"]
+
+
+def reached(run: Callable[..., Any]) -> str:
+    """Fingerprint of the definitions that a function reaches in the files of its folder.
+
+    A definition is reached by its name; statements of a file that define nothing, and definitions under a decorator
+    of the folder's own (it may register them), are reached with the file.
+
+    >>> len(reached(reached))
+    16
+    """
+    while isinstance(run, partial):
+        run = run.func
+    run = inspect.unwrap(run)
+    file = inspect.getsourcefile(run)
+    if file is None:
+        return hashlib.sha256(repr(run).encode()).hexdigest()[:16]
+    start = Path(file).resolve()
+    files: dict[str, _File] = {}
+    found: dict[tuple[str, str], str] = {}
+    waiting = [(start.stem, run.__qualname__.partition(".")[0])]
+    while waiting:
+        module, name = waiting.pop()
+        if (module, name) in found:
+            continue
+        if module not in files:
+            files[module] = _File(start.with_name(f"{module}.py"))
+            waiting += [(module, always) for always in files[module].always]
+        nodes = files[module].defined.get(name, [])
+        found[module, name] = "\n".join(ast.unparse(_bare(node)) for node in nodes)
+        for node in nodes:
+            waiting += files[module].uses(node)
+    text = "\n".join(f"{module}.{name}\n{code}" for (module, name), code in sorted(found.items()) if code)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _File:
+    """The definitions and imports of a file."""
+
+    def __init__(self, path: Path):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.folder = path.parent
+        self.module = path.stem
+        self.defined: dict[str, list[ast.stmt]] = {}
+        self.imported: dict[str, tuple[str, str | None]] = {}
+        self.always: list[str] = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                self._import(node)
+        for number, statement in enumerate(tree.body):
+            names = list(_names(statement))
+            if not names and not isinstance(statement, (ast.Import, ast.ImportFrom)) and not _is_text(statement):
+                names = [f"<{number}>"]
+                self.always.append(names[0])
+            for name in names:
+                self.defined.setdefault(name, []).append(statement)
+        for name, statements in self.defined.items():
+            decorators = [d for s in statements for d in getattr(s, "decorator_list", [])]
+            roots = {n.id for d in decorators for n in ast.walk(d) if isinstance(n, ast.Name)}
+            if any(root in self.defined or root in self.imported for root in roots):
+                self.always.append(name)
+
+    def _import(self, node: ast.ImportFrom) -> None:
+        tail = (node.module or "").rpartition(".")[2]
+        for alias in node.names:
+            known = alias.asname or alias.name
+            if tail and (self.folder / f"{tail}.py").is_file() and (node.level or node.module == tail or _near(node)):
+                self.imported[known] = (tail, alias.name)
+            elif (self.folder / f"{alias.name}.py").is_file() and (node.level or _near(node)):
+                self.imported[known] = (alias.name, None)
+
+    def uses(self, node: ast.AST) -> Iterator[tuple[str, str]]:
+        for part in ast.walk(node):
+            if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+                module, name = self.imported.get(part.value.id, ("", ""))
+                if module and name is None:
+                    yield module, part.attr
+            if isinstance(part, ast.Name):
+                if part.id in self.defined:
+                    yield self.module, part.id
+                elif part.id in self.imported and (name := self.imported[part.id][1]) is not None:
+                    yield self.imported[part.id][0], name
+
+
+def _near(node: ast.ImportFrom) -> bool:
+    return (node.module or "").startswith("dgm.benchmarks")
+
+
+def _names(statement: ast.stmt) -> Iterator[str]:
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield statement.name
+    elif isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _bare(node: ast.stmt) -> ast.stmt:
+    """Without docstrings."""
+    for part in ast.walk(node):
+        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and _is_text(part.body[0]):
+            part.body = part.body[1:] or [ast.Pass()]
+    return node
+
+
+@cache
+def library() -> str:
+    """Fingerprint of the library, its models and guides."""
+    found = hashlib.sha256()
+    for name in ("dgm", "dgm.models", "dgm.guides"):
+        for folder in sorted(importlib.import_module(name).__path__):
+            for path in sorted(Path(folder).glob("*.py")):
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                parts = [ast.dump(_bare(node)) for node in tree.body if not _is_text(node)]
+                found.update("\n".join([path.name, *parts]).encode())
+    return found.hexdigest()[:16]
