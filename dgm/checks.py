@@ -12,13 +12,15 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
 from .data import check_support
-from .errors import DataError, GuideError, ModelError
+from .errors import DataError, GuideError, ModelError, OptionError
 from .heldout import ROWS
+from .hints import Lines, misplaced, unwritten
 from .mapped import MappedArray
 from .noise import recording
 from .pair import Pair
 from .programs import Program, preserved_rng, program_name
 from .sites import Latents, read, trace_once
+from .structure import check_plate_rows, warn_of_draws
 
 
 def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str]) -> Latents:
@@ -26,18 +28,22 @@ def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str]) 
 
     Raises:
         DataError: an observed value has another shape than its distribution, or lies outside the support.
-        ModelError: nothing is observed.
+        ModelError: nothing is observed, a site's entries stand in no plate, or the model writes to its data.
     """
-    trace = trace_once(model, *batch)
+    lines, name = Lines(), program_name(model)
+    with unwritten(name, batch, ModelError):
+        trace = trace_once(model, *batch, lines=lines)
     found = read(trace, plates)
     if not found.observed:
         raise ModelError(
-            f"{program_name(model)} observes nothing: give the data to a site (obs=x), or its guide would learn the "
-            "prior"
+            f"{name} observes nothing: give the data to a site (obs=x), or its guide would learn the prior"
         )
-    for name, node in found.observed.items():
+    for site, node in found.observed.items():
         if not _is_factor(node["fn"]):
-            check_support(node["value"], node["fn"], name)
+            check_support(node["value"], node["fn"], site)
+    alone = misplaced(trace.nodes, lines.at)
+    if alone is not None:
+        raise ModelError(f"{name}: {alone}")
     return found
 
 
@@ -51,19 +57,42 @@ def check_all_rows(
 ) -> Latents:
     """`check_observed` for every row of the data, in chunks of rows; `whole` for a model that takes all rows at once.
 
+    The first chunk also shows whether the data plate counts the rows, and (in the log) draws outside of sample sites.
+
     Raises:
-        DataError, ModelError: see `check_observed`.
+        DataError, ModelError: see `check_observed`; ModelError also where the data plate counts something else.
     """
     plates, found, count = set(plates), None, len(data[0])
     size = count if whole else ROWS
     for start in range(0, count, size):
         chunk = tuple(item[start : start + size] for item in data)  # of a memory-mapped array, this is all that is read
-        seen = chunk if transform is None else transform(chunk, torch.Generator(chunk[0].device).manual_seed(0))
+        seen = chunk if transform is None else transformed(chunk, transform)
         latents = check_observed(model, seen, plates)
-        found = found or latents
+        if found is None:
+            found = latents
+            check_plate_rows(model, found, len(seen[0]))
+            warn_of_draws(model, seen)
     if found is None:
         raise DataError("the data has no rows")
     return found
+
+
+def transformed(chunk: tuple[Tensor, ...], transform: Any) -> tuple[Tensor, ...]:
+    """What a transform makes of some rows.
+
+    Raises:
+        OptionError: it makes no tuple of tensors with one row for each of the chunk's.
+    """
+    made = transform(chunk, torch.Generator(chunk[0].device).manual_seed(0))
+    tensors = isinstance(made, tuple) and len(made) > 0 and all(isinstance(t, Tensor) and t.dim() for t in made)
+    lengths = [len(t) for t in made] if tensors else []
+    if set(lengths) != {len(chunk[0])}:
+        told = f"arrays of {lengths} rows" if tensors else f"a {type(made).__name__}"
+        raise OptionError(
+            f"transform makes {told} of {len(chunk[0])} rows, expected (batch, generator) -> a tuple of tensors with "
+            "as many rows, such as lambda batch, generator: (torch.bernoulli(batch[0], generator=generator),)"
+        )
+    return made
 
 
 def _is_factor(fn: Any) -> bool:

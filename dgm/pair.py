@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,8 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from .errors import GuideError, ModelError, did_you_mean
+from .errors import DGMError, GuideError, ModelError, did_you_mean
+from .hints import Lines, failure, misplaced, unwritten
 from .noise import Recorded, replaying
 from .objectives import Objective
 from .particles import Programs
@@ -145,6 +147,15 @@ class Pair:
         for name, program in (("model", model), ("guide", guide)):
             if isinstance(program, type):
                 raise GuideError(f"{name} is the class {program.__name__}, expected an object of it: call it first")
+            if not callable(program):
+                raise GuideError(
+                    f"{name} is a {type(program).__name__}, expected a Pyro program: a module or a function"
+                )
+            if isinstance(program, functools.partial) and isinstance(program.func, type):
+                raise GuideError(
+                    f"{name} is a partial of the class {program.func.__name__}, which makes a {name}: call it "
+                    + ("as guide(model, *batch)" if name == "guide" else "first")
+                )
         self.model, model_home = with_home(model)
         self.guide, guide_home = with_home(guide)
         self.run_model = bound(self.model, model_home, guide_home)
@@ -283,24 +294,42 @@ class Pair:
                 is nothing to train.
             ModelError: the model alone cannot be run, or a discrete latent stands where none can be served.
         """
-        plates = set(plates)
+        plates, lines = set(plates), Lines()
         with self.running(), preserved_rng(0), preserved_buffers(self.model, self.guide), torch.no_grad():
-            guide_trace = poutine.trace(self.run_guide).get_trace(*batch)
+            with unwritten(program_name(self.guide), batch, GuideError), lines:
+                guide_trace = self._run_guide(batch)
             with StartValues():  # by itself, not at the guide's values: those are what is to be checked
                 model_trace = poutine.trace(self.run_model).get_trace(*batch)
+        alone = misplaced(guide_trace.nodes, lines.at)
+        if alone is not None:
+            raise GuideError(f"{program_name(self.guide)}: {alone}")
         model_sites, guide_sites = read(model_trace, plates), read(guide_trace, plates)
-        self._check_names(model_sites, {n: s for n, s in guide_sites.items() if not s.auxiliary})
+        self._check_names(model_sites, {n: s for n, s in guide_sites.items() if not s.auxiliary}, guide_sites.observed)
         for name, site in model_sites.items():
             if name in guide_sites:
                 self._check_site(site, guide_sites[name], guide_trace.nodes[name])
         return model_sites
 
-    def _check_names(self, model_sites: Latents, guide_sites: Mapping[str, Site]) -> None:
+    def _run_guide(self, batch: Sequence[Any]) -> poutine.Trace:
+        try:
+            return poutine.trace(self.run_guide).get_trace(*batch)
+        except DGMError:
+            raise
+        except Exception as error:  # the user's own code may fail in any way
+            told = f"{program_name(self.guide)} could not be run on these data: {failure(error, self.guide, batch)}"
+            raise GuideError(told) from error
+
+    def _check_names(self, model_sites: Latents, guide_sites: Mapping[str, Site], observed: Iterable[str]) -> None:
         model, guide = program_name(self.model), program_name(self.guide)
         extra = sorted(set(guide_sites) - set(model_sites))
         for name, site in model_sites.items():
             if name in guide_sites or (site.discrete and isinstance(self.loss_fn, TraceEnum_ELBO)):
                 continue
+            if name in observed:
+                raise GuideError(
+                    f"{guide} observes {name!r} (obs=...), a latent of {model}: leave obs out, or give a Delta, for a "
+                    "guide samples"
+                )
             if site.discrete:
                 raise ModelError(
                     f"latent {name!r} of {model} is discrete ({site.support_name}) and {guide} does not sample it: sum "
@@ -311,9 +340,13 @@ class Pair:
                 + (f"of its other sites, {did_you_mean(name, extra)}" if extra else "add it, or observe it (obs=...)")
             )
         for name in extra:
-            where = "is observed" if name in model_sites.observed else "does not exist"
+            if name in model_sites.observed:
+                raise GuideError(
+                    f"{guide} samples {name!r}, which is observed in {model}: a guide set up by a call without "
+                    "data takes observations for latents; make it again with a batch of the data"
+                )
             raise GuideError(
-                f"{guide} samples {name!r}, which {where} in {model}: {did_you_mean(name, model_sites)} "
+                f"{guide} samples {name!r}, which does not exist in {model}: {did_you_mean(name, model_sites)} "
                 'Mark it infer={"is_auxiliary": True} if the guide alone needs it'
             )
 
@@ -321,17 +354,23 @@ class Pair:
         name, guide = site.name, program_name(self.guide)
         value_shape = site.batch_shape + site.event_shape
         if tuple(node["value"].shape) != tuple(value_shape):
+            plates = {f.name for f in node["cond_indep_stack"]}
+            more, less = plates - {f.name for f in site.frames}, {f.name for f in site.frames} - plates
+            cure = f"open pyro.plate({sorted(less)[0]!r}, ...) around it" if less else "make the guide for this model"
+            if more:
+                cure = f"sample it outside of the plate {sorted(more)[0]!r}, as the model does"
             raise GuideError(
-                f"{guide} gives {name!r} the shape {tuple(node['value'].shape)}, the model {tuple(value_shape)}"
+                f"{guide} gives {name!r} the shape {tuple(node['value'].shape)}, the model {tuple(value_shape)}: {cure}"
             )
         if not bool(torch.as_tensor(site.support.check(node["value"])).all()):
             raise GuideError(
-                f"{guide} gives {name!r} values outside the model's support ({site.support_name}); its own is "
-                f"{support_name(node['fn'].support)}: transform it onto the support (biject_to)"
+                f"{guide} gives {name!r} values outside the model's support ({_short(site.support_name)}); its own is "
+                f"{_short(support_name(node['fn'].support))}: transform it onto the support (biject_to)"
             )
         if not isinstance(node["fn"], Delta) and guided.support_name != site.support_name:
             raise GuideError(
-                f"{guide} samples {name!r} with support {guided.support_name}, the model with {site.support_name}: "
+                f"{guide} samples {name!r} with support {_short(guided.support_name)}, the model with "
+                f"{_short(site.support_name)}: "
                 "use a distribution with that support (a TransformedDistribution, or a LogNormal for positive values)"
             )
         frames = {frame.name for frame in node["cond_indep_stack"]}
@@ -340,6 +379,15 @@ class Pair:
                 f"latent {name!r} is one for each row (plate {site.plate!r}), but {guide} samples it outside that "
                 f'plate: open pyro.plate("{site.plate}", len(x)) in the guide around it'
             )
+
+
+def _short(support: str) -> str:
+    """A support in one line, without the numbers of bounds that are tensors."""
+    return (
+        support.partition("(")[0].lower() + " with bounds of its own"
+        if "\n" in support or "tensor" in support
+        else support
+    )
 
 
 def _negative_elbo(loss: Trace_ELBO, model: Program, guide: Program, batch: Sequence[Any]) -> Tensor:

@@ -5,7 +5,7 @@ A site is *local* when it stands inside a data plate (`pyro.plate("data", len(x)
 
 from __future__ import annotations
 
-import traceback
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,10 @@ from pyro import poutine
 from pyro.distributions.transforms import biject_to
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
-from .errors import DGMError, ModelError, did_you_mean, without_shapes
+from .errors import DGMError, ModelError, did_you_mean
+from .hints import Lines, failure
 from .programs import (
     Program,
     StartValues,
@@ -147,27 +148,29 @@ def init_values(model: Program) -> dict[str, Tensor]:
     return dict(propose()) if callable(propose) else {}
 
 
-def trace_once(model: Program, *batch: Any, values: Mapping[str, Tensor] | None = None, seed: int = 0) -> poutine.Trace:
-    """The trace of one run from the prior, with everything global left as it was."""
+def trace_once(
+    model: Program,
+    *batch: Any,
+    values: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    lines: Lines | None = None,
+) -> poutine.Trace:
+    """The trace of one run from the prior, with everything global left as it was; `lines` learns where sites are."""
     if isinstance(model, type):
         raise ModelError(f"model is the class {model.__name__}, expected an object of it: write {model.__name__}(...)")
+    if not callable(model):
+        raise ModelError(f"model is a {type(model).__name__}, expected a Pyro program: a module or a function")
     program, home = with_home(model)
     # A draw from a wide prior may overflow where the posterior never goes: the structure is read without validation.
     with isolated(validate=False), preserved_rng(seed), preserved_buffers(model), torch.no_grad(), StartValues(values):
         try:
-            return poutine.trace(bound(program, home)).get_trace(*batch)
+            with lines if lines is not None else contextlib.nullcontext():
+                return poutine.trace(bound(program, home)).get_trace(*batch)
         except DGMError:
             raise
         except Exception as error:  # the user's own code may fail in any way
-            raise ModelError(f"{program_name(model)} could not be run on these data: {_where(error, model)}") from error
-
-
-def _where(error: Exception, model: Program) -> str:
-    """An error in one line, with the line of the model's own code."""
-    code = getattr(model.forward if isinstance(model, nn.Module) else model, "__code__", None)
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if code and f.filename == code.co_filename]
-    text = " ".join(without_shapes(str(error)).split())
-    return f"{type(error).__name__}: {text}" + (f" (line {lines[-1]} of its file)" if lines else "")
+            told = f"{program_name(model)} could not be run on these data: {failure(error, model, batch)}"
+            raise ModelError(told) from error
 
 
 def latents(model: Program, *batch: Any, plates: Iterable[str] = (DATA_PLATE,)) -> Latents:
