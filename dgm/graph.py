@@ -147,6 +147,11 @@ class Graph:
         flat = [*parameters.values(), *(batch[i].contiguous() for i in self.layout.places), *noise, numbers]
         return [*flat, rows] if rows is not None else flat
 
+    def noise(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The draws among the inputs."""
+        start = len(self.layout.parameters) + len(self.layout.places)
+        return list(inputs[start : start + self.layout.draws])
+
     def _verify(
         self,
         pair: Pair,

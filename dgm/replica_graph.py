@@ -135,7 +135,14 @@ class ReplicaGraph:
             optimiser: Any = owner.svis[0].optimiser
             forms = [owner.rule.form(group) for group in optimiser.param_groups]
             self.step = whole_step(
-                self.gradients.forward, owner.rule, owner.groups, forms, self.unused, owner.svis[0].clip, True
+                self.gradients.forward,
+                owner.rule,
+                owner.groups,
+                forms,
+                self.unused,
+                owner.svis[0].clip,
+                True,
+                owner.guard.freeze,
             )
 
     def _all(self, owner: Replicas, rest: Sequence[Tensor]) -> list[Tensor]:
@@ -177,9 +184,11 @@ class ReplicaGraph:
             g.square().reshape(owner.count, -1).sum(1) for g, idle in zip(found, self.unused, strict=True) if not idle
         ]
         norm = torch.stack(used).sum(0).sqrt()
-        owner.alive &= torch.isfinite(loss + norm)
+        good = owner.alive & torch.isfinite(loss + norm)
+        if owner.guard.freeze:
+            owner.alive.copy_(good)
         for k, svi in enumerate(owner.svis):
-            if not owner.alive[k]:
+            if not good[k]:
                 continue
             shrink = 1.0 if svi.clip is None else min(1.0, svi.clip / (float(norm[k]) + 1e-6))
             for p, g, idle in zip(svi.parameters.values(), found, self.unused, strict=True):

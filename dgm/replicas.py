@@ -19,6 +19,7 @@ from .flush import flushed
 from .graph import scalars
 from .pace import Compile, Kind
 from .replica_graph import ReplicaGraph
+from .replica_guard import ReplicaGuard
 from .rules import Counter, Numbers, Rule, groups_of, rule_of, state_of
 from .svi import SVI
 
@@ -33,10 +34,14 @@ class Replicas:
         own: rows of the data that replica k may use, `(K, N_k)`; None for all.
         compile: "trace", "inductor" or "auto", see `SVI`.
         horizon: how many steps the run will have, if that is known.
+        names: what messages call each replica; default "replica 0", ...
 
     Attributes:
         alive: `(K,)`; False for a replica that met a value that is not finite, or was stopped. It does not change any
             more, and changes no other.
+        errors: the report of each replica that is frozen, by its number: step, rows, site and parameter. What a replica
+            does at a value that is not finite is the `nonfinite` of its `SVI`: "stop" freezes it at the first such
+            step, "skip" leaves it as it is for that step, until its budget of `skips` is used up.
 
     Raises:
         ModelError: the replicas differ in the names or shapes of their parameters.
@@ -52,6 +57,7 @@ class Replicas:
         own: Tensor | None = None,
         compile: Compile = "auto",
         horizon: int | None = None,
+        names: Sequence[str] | None = None,
     ):
         if not svis:
             raise OptionError("no replicas: give at least one")
@@ -64,6 +70,7 @@ class Replicas:
         self.compile, self.horizon = compile, horizon
         self.alive = torch.ones(self.count, dtype=torch.bool, device=self.device)
         self.steps = 0
+        self.guard = ReplicaGuard(self, names)
         self.uncompiled: str | None = None
         self.kind: Kind = "trace"
         self._trail: list[Tensor] = []
@@ -73,7 +80,7 @@ class Replicas:
 
     # --- the stack -------------------------------------------------------------------------------------------------
 
-    def _stack(self) -> None:
+    def stack(self) -> None:
         """Make one stack of every parameter and state; those of each replica become slices of it."""
         first = self.svis[0].parameters
         for k, svi in enumerate(self.svis[1:], 1):
@@ -105,8 +112,15 @@ class Replicas:
                 for k, optimiser in enumerate(optimisers):
                     optimiser.state[each[k][i]][slot] = stack[k]
         self._counters = [Counter(o, ps) for o, ps in zip(optimisers, each, strict=True)]
-        self._started = self._counters[0].steps
+        begun = [self.steps - counter.steps for counter in self._counters]
+        self._lag = [lag - len(svi.skipped) for lag, svi in zip(begun, self.svis, strict=True)]
         self._numbers = Numbers(self.rule, optimisers, self.parameters[0])
+        self._count()
+
+    def _count(self) -> None:
+        """Tell the optimisers' numbers who skipped how many steps: those are none of its own."""
+        for k, (lag, svi) in enumerate(zip(self._lag, self.svis, strict=True)):
+            self._numbers.set_behind(k, lag + len(svi.skipped))
 
     def _constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters in which the replicas differ, stacked; the others are read where they are."""
@@ -148,6 +162,7 @@ class Replicas:
                 weights = [kl_weight] * self.count if isinstance(kl_weight, (int, float)) else list(kl_weight)
                 parts = [scalars(s.sizes, w, self.parameters[0]) for s, w in zip(self.svis, weights, strict=True)]
                 self._scalars = torch.stack(parts)
+            self.guard.before()
             for fill, generator in shape.fills:
                 fill(generator=generator)
             rest = [*shape.constants.values(), *shape.data(self, index, batch), *shape.noise, self._scalars]
@@ -155,7 +170,9 @@ class Replicas:
                 rest.append(index)
             self.steps += 1
             self.kind = shape.kind(self, rest)
-            self._trail.append(shape.run(self, rest))
+            made = shape.run(self, rest)
+            self._trail.append(made)
+            self.guard.after(shape, made, index, batch)
             shape.pace.add(self.kind, time.perf_counter() - start)
 
     def _shape(self, index: Tensor | None, batch: Sequence[Tensor] | None) -> ReplicaGraph:
@@ -169,7 +186,7 @@ class Replicas:
                     for svi, items, chosen in zip(self.svis, batches, rows, strict=True):
                         if svi.optimiser is None:
                             svi.prepare(*items, rows=chosen)
-                    self._stack()
+                    self.stack()
                 self._shapes[key] = ReplicaGraph(self, batches, rows, index is not None, batch is not None)
         return self._shapes[key]
 
@@ -183,7 +200,9 @@ class Replicas:
 
     def numbers(self) -> Tensor:
         """The optimisers' numbers of this step, `(K, groups, numbers)`."""
-        return self._numbers(self._started + self.steps)
+        if not self.guard.freeze:
+            self._count()
+        return self._numbers(self.steps)
 
     def _rule(self) -> Rule:
         if self.rule is None:
@@ -200,7 +219,14 @@ class Replicas:
     def losses(self) -> np.ndarray:
         """Losses and gradient norms of the steps since the last call, `(steps, 2, K)`."""
         trail, self._trail = self._trail, []
-        return torch.stack(trail).double().cpu().numpy() if trail else np.zeros((0, 2, self.count))
+        made = torch.stack(trail).double().cpu().numpy() if trail else np.zeros((0, 2, self.count))
+        self.guard.read(made)
+        return made
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """The report of each replica that is frozen, by its number."""
+        return self.guard.errors
 
     def finish(self) -> None:
         """Give every replica its parameters and moments as tensors of its own, and the number of steps made."""
@@ -212,8 +238,10 @@ class Replicas:
                 state = svi._optimiser().state.get(p, {})
                 state.update({n: v.clone() for n, v in state.items() if isinstance(v, Tensor) and v.dim()})
             svi.steps = self.steps if alive else svi.steps
-        for counter in self._counters if self.rule is not None else ():
-            counter.pending = self._started + self.steps - counter.base
+        if self.rule is None:
+            return
+        for counter, svi, lag in zip(self._counters, self.svis, self._lag, strict=True):
+            counter.pending = svi.steps - lag - len(svi.skipped) - counter.base
             counter.write()
 
 

@@ -203,6 +203,7 @@ class Numbers:
         rule: of all of them.
         optimisers: K of one structure.
         like: a tensor of the dtype and device that the numbers are wanted in.
+
     """
 
     AHEAD = 64
@@ -212,6 +213,7 @@ class Numbers:
         self._groups = [group for optimiser in optimisers for group in optimiser.param_groups]
         names = ("lr", "betas", "momentum", "weight_decay", "eps")
         self._look = itemgetter(*(name for name in names if name in self._groups[0]))
+        self.behind = [0] * len(optimisers)
         self._seen: list[Any] = []
         self._first, self._block = 0, like.new_empty(0)
 
@@ -224,12 +226,17 @@ class Numbers:
             self._seen, self._first = options, step
         return self._block[step - self._first]
 
+    def set_behind(self, k: int, steps: int) -> None:
+        """Optimiser k has made so many steps fewer than those that are counted."""
+        if self.behind[k] != steps:
+            self.behind[k], self._seen = steps, []
+
     def _fill(self, step: int, count: int) -> None:
         made: dict[Any, np.ndarray] = {}
         found = []
-        for optimiser in self.optimisers:
-            key = tuple(map(self._look, optimiser.param_groups))
+        for optimiser, behind in zip(self.optimisers, self.behind, strict=True):
+            key = (behind, *map(self._look, optimiser.param_groups))
             if key not in made:
-                made[key] = np.stack([numbers_of(self.rule, optimiser, step + i) for i in range(count)])
+                made[key] = np.stack([numbers_of(self.rule, optimiser, step + i - behind) for i in range(count)])
             found.append(made[key])
         self._block = torch.from_numpy(np.stack(found, 1)).to(self.like)  # (count, K, groups, numbers)

@@ -22,11 +22,12 @@ from .errors import DataError, GuideError, ModelError, OptionError, TrainingErro
 from .flush import flushed
 from .graph import Graph, Untraceable, scalars
 from .noise import Recorded, recording
-from .nonfinite import explain_nonfinite
+from .nonfinite import Guard, Policy, bad_gradients, explain_nonfinite, largest
 from .optim import make_optimiser
 from .pace import MODES, Compile, Kind, Pace, cost, steady
 from .pair import NotReparameterised, Pair, batch_rows
 from .programs import Program, preserved_buffers, preserved_rng, program_name
+from .raised import is_numerical, message
 from .rules import Counter
 from .sites import DATA_PLATE, Latents
 from .whole import CompilerFailed
@@ -58,11 +59,18 @@ class SVI(pyro.infer.SVI):
         clip: largest norm of the gradient; None for no clipping.
         warm: eager steps of a batch shape before a graph is made; default 10 for "auto", else none.
         horizon: how many steps the run will have, if that is known.
+        nonfinite: "stop" raises at a step whose loss or gradient is not finite; "skip" leaves that step out.
+        skips: how many steps "skip" may leave out; one more raises.
+
+    Attributes:
+        steps: steps that were run, the skipped ones among them.
+        skipped: numbers of the steps that were skipped, counted from 1.
 
     Raises:
         GuideError: at the first step, before any update, where model and guide do not fit, or nothing can be trained.
         ModelError: a data plate is missing or declares another size.
-        TrainingError: the loss or its gradient is not finite; the parameters are left as they were.
+        TrainingError: the loss or its gradient is not finite; parameters, buffers and the optimiser's state are left as
+            they were.
 
     >>> import pyro.distributions as dist
     >>> from functools import partial
@@ -88,6 +96,8 @@ class SVI(pyro.infer.SVI):
         clip: float | None = None,
         warm: int | None = None,
         horizon: int | None = None,
+        nonfinite: Policy = "stop",
+        skips: int = 10,
     ):
         if compile is not False and compile not in MODES[1:]:
             raise OptionError(f"compile is {compile!r}, expected False, 'trace', 'inductor' or 'auto'")
@@ -96,6 +106,7 @@ class SVI(pyro.infer.SVI):
         for plate, size in (sizes or {}).items():
             if not (isinstance(size, int) and size > 0):
                 raise OptionError(f"sizes[{plate!r}] is {size!r}, expected the number of rows of the full data")
+        self.guard = Guard(nonfinite, skips)
         self.pair = Pair(model, guide, loss)
         self.model, self.guide = self.pair.model, self.pair.guide  # functions now hold their parameters
         self.optim = optim
@@ -117,7 +128,10 @@ class SVI(pyro.infer.SVI):
         self._paces: dict[Any, Pace] = {}
         self._scalars: tuple[float, Tensor] | None = None
         self._counter: Counter | None = None
-        self._state = torch.get_rng_state()
+        self._state = torch.get_rng_state()  # before the step
+        self._noise: list[Tensor] | None = None  # the step's draws, where it is a graph
+        self._moving: list[str] = []  # buffers that change while the program runs (batch normalisation)
+        self._start: dict[str, float] = {}
         super(pyro.infer.SVI, self).__init__()
 
     def prepare(self, *batch: Any, rows: Tensor | None = None) -> Latents:
@@ -137,8 +151,13 @@ class SVI(pyro.infer.SVI):
                 raise GuideError(f"nothing to train: guide {program_name(self.guide)} and its model have 0 parameters")
             self._check_reached(batch, rows)
         self.optimiser = make_optimiser(self.optim, self.parameters)
-        self.latents = latents
+        self.latents, self._start = latents, largest(self.parameters)
         return latents
+
+    @property
+    def skipped(self) -> list[int]:
+        """Numbers of the steps that were skipped, counted from 1."""
+        return self.guard.skipped
 
     def _check_plates(self, latents: Latents) -> None:
         for plate in self.sizes:
@@ -152,8 +171,11 @@ class SVI(pyro.infer.SVI):
     def _check_reached(self, batch: Sequence[Any], rows: Tensor | None) -> None:
         """Walk the graph of one loss: whatever leaf it reaches must be a parameter that the optimiser knows."""
         with preserved_rng(0), preserved_buffers(self.model, self.guide):
+            before = {name: (id(b), b._version) for name, b in self.pair.owners.named_buffers()}
             try:
                 loss = self.pair.loss(None, batch, sizes=self.sizes, rows=rows, validate=True)
+                after = dict(self.pair.owners.named_buffers())
+                self._moving = [n for n, b in after.items() if before.get(n) != (id(b), b._version)]
             except NotReparameterised:
                 return
             except ValueError as error:
@@ -170,7 +192,7 @@ class SVI(pyro.infer.SVI):
                 )
 
     def step(self, *batch: Any, rows: Tensor | None = None, kl_weight: float = 1.0, **kwargs: Any) -> float:
-        """One update; returns the loss (the negative ELBO, scaled to the full data) before it.
+        """One update; returns the loss (the negative ELBO, scaled to the full data) before it, NaN for a skipped step.
 
         Args:
             batch: as model and guide take it.
@@ -260,34 +282,58 @@ class SVI(pyro.infer.SVI):
         return self._graphs[key].inputs(self.parameters, batch, noise, self._scalars[1], rows)
 
     def _plain_step(self, key: Any, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> float:
-        gradients: Sequence[Tensor | None]
+        gradients: Sequence[Tensor | None] = ()
+        cause: BaseException | None = None
         if self.kind == "trace":
-            loss, gradients = self._graphs[key](self._inputs(key, batch, rows, kl_weight))
+            inputs = self._inputs(key, batch, rows, kl_weight)
+            self._noise = self._graphs[key].noise(inputs)
         else:
-            try:
-                loss = self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
-            except NotReparameterised:
-                return self._foreign_step(batch, rows, kl_weight)
-            gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-            loss = loss.detach()
-        self._update(loss, gradients, batch, rows)
-        return float(loss)
+            self._noise = None
+            buffers = self._buffers()
+            kept = {name: buffers[name].clone() for name in self._moving}
+        try:
+            if self.kind == "trace":
+                loss, gradients = self._graphs[key](inputs)
+            else:
+                loss, gradients = self._gradients(batch, rows, kl_weight)
+            good = self._update(loss, gradients)
+        except (ValueError, RuntimeError) as error:
+            if not is_numerical(error):
+                raise
+            loss, good, cause = torch.tensor(math.nan), False, error
+        if good:
+            return float(loss)
+        if self.kind == "eager":
+            self._put_back(kept)
+        return self._meet(loss, gradients, batch, rows, cause)
+
+    def _gradients(
+        self, batch: Sequence[Any], rows: Tensor | None, kl_weight: float
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        try:
+            loss = self.pair.loss(None, batch, sizes=self.sizes, kl_weight=kl_weight, rows=rows)
+        except NotReparameterised:
+            value = self.pair.loss_and_grads(batch, self.sizes, kl_weight, rows)
+            value = value[0] if isinstance(value, tuple) else value
+            return torch.as_tensor(float(value)), [p.grad for p in self.parameters.values()]
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        return loss.detach(), gradients
 
     def _compiled_step(self, key: Any, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> float:
         inputs = self._inputs(key, batch, rows, kl_weight)
         loss, norm = self._compiled[key](inputs)
-        if not math.isfinite(loss + norm):
-            found, gradients = self._graphs[key](inputs)  # nothing was changed: the same numbers again, to name them
-            raise TrainingError(self._explain(found, gradients, batch, rows))
-        return loss
+        if math.isfinite(loss + norm):
+            return loss
+        self._noise = self._graphs[key].noise(inputs)
+        found, gradients = self._graphs[key](inputs)  # nothing was changed: the same numbers again, to name them
+        return self._meet(found, gradients, batch, rows)
 
-    def _update(
-        self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None
-    ) -> None:
+    def _update(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
+        """Move the parameters; False, and nothing is changed, where loss or gradient is not finite."""
         present = [g for g in gradients if g is not None]
         norm = torch.nn.utils.get_total_norm(present) if present else torch.zeros(())
-        if not bool(torch.isfinite(loss + norm)):
-            raise TrainingError(self._explain(loss, gradients, batch, rows))
+        if not math.isfinite(float(loss + norm)):
+            return False
         graded = _graded(self.parameters, gradients)
         if self.clip is not None and present:
             torch.nn.utils.clip_grads_with_norm_(graded, self.clip, norm)
@@ -297,6 +343,45 @@ class SVI(pyro.infer.SVI):
         optimiser.zero_grad(set_to_none=True)
         if self._counter is not None:
             self._counter.read()
+        return True
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return dict(self.pair.owners.named_buffers()) if self._moving else {}
+
+    def _put_back(self, kept: Mapping[str, Tensor]) -> None:
+        """What a step has left that was not finite: statistics in buffers, gradients of Pyro's own losses."""
+        buffers = self._buffers()
+        with torch.no_grad():
+            for name, value in kept.items():
+                buffers[name].copy_(value)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _meet(
+        self,
+        loss: Tensor,
+        gradients: Sequence[Tensor | None],
+        batch: Sequence[Any],
+        rows: Tensor | None,
+        cause: BaseException | None = None,
+    ) -> float:
+        """A step that is not finite: raises, or books it as skipped."""
+        if cause is not None:
+            what, names = f"the loss cannot be computed ({message(cause)})", []
+        else:
+            names = bad_gradients(list(self.parameters), gradients)
+            what = f"the loss is {float(loss)}" if not torch.isfinite(loss) else "the gradient is not finite"
+        number = self.steps + 1
+
+        def report() -> str:
+            noise = self._state if self._noise is None else self._noise
+            return explain_nonfinite(self.pair, number, what, names, batch, rows, noise, self._start)
+
+        try:
+            self.guard.meet(number, what, report)
+        except TrainingError as error:
+            raise error from cause
+        return math.nan
 
     def settle(self) -> None:
         """Bring the optimiser's own step counters up to date; compiled steps leave them for later."""
@@ -307,22 +392,6 @@ class SVI(pyro.infer.SVI):
         if self.optimiser is None:
             raise TrainingError("no optimiser yet: call prepare or step first")
         return self.optimiser
-
-    def _foreign_step(self, batch: Sequence[Any], rows: Tensor | None, kl_weight: float) -> float:
-        loss = self.pair.loss_and_grads(batch, self.sizes, kl_weight, rows)
-        value = loss[0] if isinstance(loss, tuple) else loss
-        gradients: list[Tensor | None] = [p.grad for p in self.parameters.values()]
-        self._update(torch.as_tensor(float(value)), gradients, batch, rows)
-        return float(value)
-
-    def _explain(
-        self, loss: Tensor, gradients: Sequence[Tensor | None], batch: Sequence[Any], rows: Tensor | None
-    ) -> str:
-        names = [
-            n for n, g in zip(self.parameters, gradients, strict=True) if g is not None and not torch.isfinite(g).all()
-        ]
-        what = f"the loss is {float(loss)}" if not torch.isfinite(loss) else "the gradient is not finite"
-        return explain_nonfinite(self.pair, self.steps + 1, what, names, batch, rows, self._state)
 
     def evaluate_loss(self, *batch: Any, rows: Tensor | None = None, **kwargs: Any) -> float:
         """An estimate of the loss without gradients or update."""

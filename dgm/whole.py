@@ -39,6 +39,7 @@ def whole_step(
     unused: Sequence[bool],
     clip: float | None,
     replicas: bool = False,
+    freeze: bool = True,
 ) -> Step:
     """`(*parameters, *states, numbers, [alive], *rest) -> (2,) or (2, K)`: the loss and the gradient's norm.
 
@@ -48,7 +49,8 @@ def whole_step(
         unused: parameters without a gradient; they are left as they are.
         clip: largest norm of the gradient.
         replicas: whether loss, gradients, parameters and numbers carry a replica axis `(K, ...)` in front. `alive`,
-            `(K,)` bool, is then changed in place: a replica whose loss or gradient is not finite is frozen for good.
+            `(K,)` bool, says who takes part.
+        freeze: whether `alive` is changed in place: a replica whose loss or gradient is not finite is frozen for good.
 
     A step that is not finite changes nothing: the last good parameters stay.
     """
@@ -77,7 +79,7 @@ def whole_step(
             for old, fresh in zip([p, *state], [new, *moved], strict=True):
                 if fresh is not old:
                     old.copy_(torch.where(keep, fresh, old))
-        if alive is not None:
+        if alive is not None and freeze:
             alive.copy_(good)
         return torch.stack([loss, norm])
 
