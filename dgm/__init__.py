@@ -22,6 +22,8 @@ _WHERE = {
     "ReweightedWakeSleep": "importance",
     "fit": "fit",
     "Fit": "fit",
+    "Checkpoints": "checkpoint",
+    "restore": "restore",
     "start_from": "ladder",
     "log_weights": "weights",
     "log_weight_terms": "weights",
@@ -46,6 +48,7 @@ _MODULES = ("schedules",)
 __all__ = [
     "ELBO",
     "SVI",
+    "Checkpoints",
     "Comparison",
     "Dataset",
     "Estimate",
@@ -67,6 +70,7 @@ __all__ = [
     "load",
     "log_weight_terms",
     "log_weights",
+    "restore",
     "sample_chains",
     "sandwich",
     "schedules",
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
     from .annealing import annealed_bound
     from .calibration import calibrate
     from .chains import sample_chains
+    from .checkpoint import Checkpoints
     from .compare import Comparison, compare
     from .datasets import Dataset, load
     from .estimate import Estimate
@@ -91,6 +96,7 @@ if TYPE_CHECKING:
     from .latent_diagnostics import latent_diagnostics
     from .objectives import ELBO
     from .packing import Packing
+    from .restore import restore
     from .sandwich import sandwich
     from .sensitivity import sensitivity
     from .sites import latents

@@ -32,6 +32,7 @@ from .threads import one_thread
 
 Batch = tuple[Tensor, ...]
 Transform = Callable[[Batch, torch.Generator], Batch]
+State = dict[str, Tensor]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -94,13 +95,37 @@ class Memory:
         batch = tuple(t[rows] for t in self.tensors)
         return batch if self.transform is None else self.transform(batch, torch.Generator(self.device).manual_seed(0))
 
+    def position(self) -> State:
+        """Where the data order stands: taken before an epoch, it gives that epoch again."""
+        return {"order": self.shuffle.get_state()}
+
+    def go_to(self, position: State) -> None:
+        """Set the data order to what `position` gave."""
+        self.shuffle.set_state(position["order"])
+
+    def state(self) -> State:
+        """The random streams of the data order and of `transform`, now."""
+        return {"order": self.shuffle.get_state(), "noise": self.noise.get_state()}
+
+    def restore(self, state: State) -> None:
+        """Set the random streams to what `state` gave."""
+        self.shuffle.set_state(state["order"])
+        self.noise.set_state(state["noise"])
+
     def order(self) -> list[Tensor]:
         """The index tensors of the next epoch's batches; each call is one epoch of the data order."""
         return list(batches(self.rows, self.batch_size, None if self.whole else self.shuffle, self.device))
 
-    def epoch(self) -> Iterator[tuple[Batch, Tensor | None]]:
-        """The batches of the next epoch, each with the numbers of its rows."""
-        for index in self.order():
+    def epoch(self, skip: int = 0, then: Callable[[], Any] = lambda: None) -> Iterator[tuple[Batch, Tensor | None]]:
+        """The batches of the next epoch, each with the numbers of its rows.
+
+        Args:
+            skip: batches of it that were trained on before.
+            then: called when they have been passed over: it sets the random streams to where they stood.
+        """
+        order = self.order()[skip:]
+        then()
+        for index in order:
             batch = self._all if self.whole else tuple(taken(t, self.numbers(index)) for t in self.tensors)
             yield (batch if self.transform is None else self.transform(batch, self.noise)), index
 
@@ -136,12 +161,13 @@ class Mapped(Memory):
         """The files as they are, held-out rows among them: to gather this source's own rows would be to load them."""
         return self.tensors
 
-    def epoch(self) -> Iterator[tuple[Batch, Tensor | None]]:
+    def epoch(self, skip: int = 0, then: Callable[[], Any] = lambda: None) -> Iterator[tuple[Batch, Tensor | None]]:
         """The batches of the next epoch; only files are touched in the thread, the device and `transform` are not."""
         mapped = [t for t in self.tensors if isinstance(t, MappedArray)]
         for t in mapped:
             t.check_file()
-        order = self.order()
+        order = self.order()[skip:]
+        then()
         ready = ahead(
             lambda rows: [t.read(rows) for t in mapped], [self.numbers(index).cpu().numpy() for index in order]
         )
@@ -178,11 +204,44 @@ class Loaded:
     def sizes(self, model: Program) -> dict[str, int]:
         return {DATA_PLATE: self.rows}
 
-    def epoch(self) -> Iterator[tuple[Batch, Tensor | None]]:
-        for item in self.loader:
+    def _generators(self) -> dict[str, torch.Generator]:
+        """The loader's own random streams; without them it draws from torch's."""
+        sampler = getattr(self.loader, "sampler", None)
+        inner = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
+        found = {"loader": self.loader, "sampler": sampler, "inner": inner}
+        held = {name: getattr(place, "generator", None) for name, place in found.items()}
+        return {name: one for name, one in held.items() if isinstance(one, torch.Generator)}
+
+    def position(self) -> State:
+        """Where the data order stands, as far as torch's generators decide it."""
+        return {"torch": torch.get_rng_state(), **{name: g.get_state() for name, g in self._generators().items()}}
+
+    def go_to(self, position: State) -> None:
+        torch.set_rng_state(position["torch"])
+        for name, generator in self._generators().items():
+            generator.set_state(position[name])
+
+    def state(self) -> State:
+        return {name: g.get_state() for name, g in self._generators().items()}
+
+    def restore(self, state: State) -> None:
+        for name, generator in self._generators().items():
+            generator.set_state(state[name])
+
+    def epoch(self, skip: int = 0, then: Callable[[], Any] = lambda: None) -> Iterator[tuple[Batch, Tensor | None]]:
+        """The batches of one pass of the loader; those to be skipped are loaded, which moves its random streams on."""
+        left = iter(self.loader)
+        for _ in range(skip):
+            next(left)
+        then()
+        for item in left:
             # converted and checked where the loader left it: a check on the device would wait for the step before
             batch = as_tensors(tuple(item) if isinstance(item, (list, tuple)) else item, dtype=self.dtype)
             yield tuple(moved(t, self.device) for t in batch), None
+
+    def first(self) -> Batch:
+        """One batch, to look at."""
+        return next(iter(self.epoch()))[0]
 
     def everything(self, seed: int) -> Batch:
         """All rows that one pass of the loader gives, in memory: what a guide's `finish` is given."""

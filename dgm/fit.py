@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, overload
@@ -9,11 +10,15 @@ from typing import Any, overload
 import torch
 from tqdm import tqdm
 
+from .checkpoint import Checkpoints
+from .errors import OptionError
 from .feeding import Transform, _sources
-from .pace import Compile
-from .programs import Program, preserved_rng
+from .pace import Compile, steady_choices
+from .programs import Program, preserved_rng, program_name
+from .resume import fingerprint
 from .schedules import KLSchedule
-from .training import Fit, Interrupted, Options, Plan, checked_seed, floating_type, move
+from .store_run import save_run
+from .training import Fit, Interrupted, Options, Plan, Terminated, checked_seed, floating_type, move
 
 
 @overload
@@ -52,6 +57,7 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
     sizes: Mapping[str, int] | None = None,
     compile: Compile = "auto",
     replicas: int | Mapping[str, Sequence[Any]] | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
 ) -> Any:
     """Train a model and a guide together by stochastic variational inference.
 
@@ -93,6 +99,11 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
             `(model, *batch) -> guide` (or both are lists of K), and the result is a list of K `Fit`s. Replica k is
             the single run with the same seed. One that diverges is frozen; its `error` says so. Pairs that have no
             graph are trained one after another.
+        checkpoint: a folder, or `Checkpoints(folder, seconds=..., steps=...)`: the whole state of the training is saved
+            there every now and then, when it ends, and on Ctrl-C and SIGTERM. The same call goes on where the folder's
+            newest state stands, also in the middle of an epoch, and ends with the bits of a training that was never
+            stopped (same machine, same number of threads; `dgm.resume`). A training that has ended is not made again;
+            with more epochs it goes on. To give the pair back in another process: `dgm.restore(folder, model, guide)`.
 
     Returns:
         a `Fit`: the trained pair and its history; with `replicas` a list of them.
@@ -101,7 +112,10 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
         DataError, ModelError, GuideError, OptionError: before the first step, see `SVI.prepare` and `as_tensors`.
         TrainingError: the loss or gradient is not finite; the parameters are those of the last good step, and the
             error's `fit` holds the history.
-        Interrupted: Ctrl-C; its `fit` holds the history.
+        Interrupted: Ctrl-C, after the step that was begun (a second Ctrl-C: at once); its `fit` holds the history.
+        Terminated: SIGTERM of a training with checkpoints; exit code 143.
+        OptionError: the checkpoint's folder is in use, or holds another training; the message names what differs.
+        DataError: no checkpoint in the folder can be read.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -118,17 +132,33 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
     """
     told = {name: value for name, value in locals().items() if name in {f.name for f in fields(Options)}}
     options = Options(**told)
+    kept = checkpoints(checkpoint)
     if replicas is not None:
         from .fit_replicas import fit_replicas
 
-        return fit_replicas(model, guide, data, replicas, options)
+        return fit_replicas(model, guide, data, replicas, options, kept)
     plan = options.plan(options.seed, options.kl_weight)
     move(model, guide, device=device, dtype=dtype)
     seen = dtype if dtype is not None else floating_type(model, guide)
     source, held_out = _sources(data, validation, batch_size, plan.seed, transform, device, seen)
     run = options.run(model, guide, source, held_out, plan, lr)
     with preserved_rng(plan.seed), tqdm(total=plan.total(source.steps), disable=not progress, unit="step") as bar:
-        return run.go(schedule, bar)
+        if kept is None:
+            return run.go(schedule, bar)
+        run.told = fingerprint(options, source, held_out, model=program_name(model), guide=program_name(guide))
+        with kept.open(), steady_choices():
+            result = run.go(schedule, bar, kept)
+            save_run(kept.folder, {}, result, example=run.example or source.first())
+            return result
 
 
-__all__ = ["Fit", "Interrupted", "Options", "Plan", "checked_seed", "fit"]
+def checkpoints(where: str | os.PathLike[str] | Checkpoints | None) -> Checkpoints | None:
+    """Where a training is kept; None where it is not."""
+    if where is None or isinstance(where, Checkpoints):
+        return where
+    if not isinstance(where, (str, os.PathLike)):
+        raise OptionError(f"checkpoint is {where!r}, expected a folder, Checkpoints(folder, ...), or None")
+    return Checkpoints(where)
+
+
+__all__ = ["Fit", "Interrupted", "Options", "Plan", "Terminated", "checked_seed", "fit"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +15,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checkpoint import Checkpoints
 from .data import as_tensors, split_rows
-from .errors import DGMError
+from .errors import DGMError, OptionError
 from .feeding import Memory
 from .flush import flushed
 from .graph import Untraceable
 from .memory import SHARE, available, is_out_of_memory, step_bytes
+from .pace import steady_choices
 from .programs import preserved_rng
 from .replica_starts import Starts, Table
 from .replicas import Replicas
+from .resume import check_same, fingerprint, group_state, load_group_state, set_random_streams
+from .signals import Asked, deferred
 from .starting import maker
-from .training import Fit, Interrupted, Options, Run, floating_type
+from .store_run import save_run
+from .training import Fit, Interrupted, Options, Position, Run, Stop, Terminated, floating_type
 
 log = logging.getLogger("dgm")
 
@@ -34,8 +41,31 @@ def fit_replicas(
     data: Sequence[Any],
     replicas: int | Mapping[str, Sequence[Any]],
     options: Options,
+    kept: Checkpoints | None = None,
 ) -> list[Fit]:
     """See `dgm.fit`."""
+    if kept is None:
+        return _fit_replicas(model, guide, data, replicas, options, None)
+    with kept.open(), steady_choices():
+        fits = _fit_replicas(model, guide, data, replicas, options, kept)
+        example = as_tensors(data[0] if len(data) == 1 else tuple(data), dtype=options.dtype)
+        for k, one in enumerate(fits):
+            save_run(kept.folder / _replica(k), {}, one, example=example)
+        return fits
+
+
+def _replica(k: int) -> str:
+    return f"replica-{k:04d}"
+
+
+def _fit_replicas(
+    model: Any,
+    guide: Any,
+    data: Sequence[Any],
+    replicas: int | Mapping[str, Sequence[Any]],
+    options: Options,
+    kept: Checkpoints | None,
+) -> list[Fit]:
     table = Table(replicas, options.seed, options.lr, options.kl_weight)
     if options.dtype is None:
         options = replace(options, dtype=_floating_type(model, guide, table, data))
@@ -51,8 +81,12 @@ def fit_replicas(
             group = waiting.pop(0)
             try:
                 whole = options.compile is not False and len(group) > 1  # one alone starts without a graph
-                part = _Group(starts, group, tensors, options).train() if whole else one_by_one(starts, group, options)
-            except Interrupted as error:
+                part = (
+                    _Group(starts, group, tensors, options, kept).train()
+                    if whole
+                    else one_by_one(starts, group, options, kept)
+                )
+            except (Interrupted, Terminated) as error:
                 done.update(error.fits)
                 error.fits = dict(sorted(done.items()))
                 raise
@@ -61,6 +95,8 @@ def fit_replicas(
                     raise
                 half = len(group) // 2
                 log.warning("out of memory with %d replicas at once: going on with %d", len(group), half)
+                if kept is not None:
+                    kept.inside(_group(group)).clear()
                 part = {}
                 waiting = [group[:half], group[half:], *waiting]
             left = [k for k in group if k not in part]
@@ -85,7 +121,13 @@ def _floating_type(model: Any, guide: Any, table: Table, data: Sequence[Any]) ->
     return found or next((t.dtype for t in flat if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
-def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict[int, Fit]:
+def _group(members: Sequence[int]) -> str:
+    return f"group-{members[0]:04d}"
+
+
+def one_by_one(
+    starts: Starts, members: Sequence[int], options: Options, kept: Checkpoints | None = None
+) -> dict[int, Fit]:
     """Where the pair does not allow replicas: the same trainings, one after another."""
     from .fit import fit
 
@@ -96,6 +138,8 @@ def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict
         single = options.single(table.seeds[k], table.rates[k], table.kl[k])
         if any(one.engine.startswith("eager (") for one in fits.values()):
             single["compile"] = False  # the reason was said once
+        if kept is not None:
+            single["checkpoint"] = kept.inside(_replica(k))
         try:
             fits[k] = fit(model, guide, starts.own(k), **single)
         except DGMError as error:
@@ -104,8 +148,9 @@ def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict
                 raise
             result.error = str(error)  # it diverged, or its `finish` refused: no reason to stop the others
             fits[k] = result
-        except Interrupted as error:
-            raise Interrupted(error.fit, {**fits, k: error.fit}) from error
+        except (Interrupted, Terminated) as error:
+            error.fits = {**fits, k: error.fit}
+            raise
         if k != members[0] and single["compile"] != options.compile:
             fits[k].engine = fits[members[0]].engine
     return fits
@@ -114,8 +159,23 @@ def one_by_one(starts: Starts, members: Sequence[int], options: Options) -> dict
 class _Group:
     """Replicas that fit memory, in one stack."""
 
-    def __init__(self, starts: Starts, members: list[int], tensors: tuple[Tensor, ...], options: Options):
+    def __init__(
+        self,
+        starts: Starts,
+        members: list[int],
+        tensors: tuple[Tensor, ...],
+        options: Options,
+        kept: Checkpoints | None = None,
+    ):
         self.starts, self.options, self.tensors = starts, options, tensors
+        self.kept = None if kept is None else kept.inside(_group(members))
+        self.saved = None if self.kept is None else self.kept.latest()
+        if self.saved is not None:  # the same company: a graph of fewer replicas would round otherwise
+            members = [k for k in members if k in self.saved.state["members"]]
+        self.at = Position()
+        self.losses: list[np.ndarray] = []  # of this epoch, each (steps, 2, K)
+        self.schedulers: list[Any] = []
+        self.marks: list[dict[str, Tensor]] = []  # where each data order stood before this epoch
         self.runs: list[Run] = []
         self.sources: list[Memory] = []
         self.members: list[int] = []
@@ -129,7 +189,7 @@ class _Group:
             if len(self.members) == 1 and self.runs[0].untrained():
                 self.untrained, self.members = True, list(members)
                 break
-            if len(self.members) == 1 and len(members) > 1:
+            if len(self.members) == 1 and len(members) > 1 and self.saved is None:
                 limit = self._limit(len(members))
 
     def _limit(self, wanted: int) -> int:
@@ -169,7 +229,7 @@ class _Group:
     def train(self) -> dict[int, Fit]:
         """The fits by number of replica."""
         if self.untrained:  # no steps to make together: each guide makes its posterior by its `finish`
-            return one_by_one(self.starts, self.members, self.options)
+            return one_by_one(self.starts, self.members, self.options, self._parent())
         seeds = [self.starts.table.seeds[k] for k in self.members]
         owns = [source.own for source in self.sources]
         own = None if owns[0] is None else torch.stack([o for o in owns if o is not None])
@@ -184,14 +244,16 @@ class _Group:
         )
         with preserved_rng(seeds[0]), flushed():
             try:
-                self._go(engine, total)
+                with deferred(terminate=self.kept is not None) as asked, self._opened():
+                    self._go(engine, total, asked)
             except Untraceable as error:
                 log.warning("%d replicas run one after another: %s", len(self.members), error)
-                return one_by_one(self.starts, self.members, self.options)
-            except KeyboardInterrupt as error:
+                return one_by_one(self.starts, self.members, self.options, self._parent())
+            except (KeyboardInterrupt, Stop) as error:
                 engine.finish()
                 fits = {k: run.result("interrupted") for k, run in zip(self.members, self.runs, strict=True)}
-                raise Interrupted(fits[self.members[0]], fits) from error
+                stop = error if isinstance(error, Stop) else Stop(signal.SIGINT)
+                raise stop.ended(fits[self.members[0]], fits) from error
         engine.finish()
         for run in self.runs:
             run.engine = f"{engine.engine}, {len(self.runs)} replicas"
@@ -207,36 +269,108 @@ class _Group:
                 raise Interrupted(rest[self.members[0]], {**rest, **fits}) from error
         return fits
 
-    def _go(self, engine: Replicas, total: int) -> None:
-        epoch, first = 0, self.runs[0]
+    def _parent(self) -> Checkpoints | None:
+        return None if self.kept is None else self.kept.outside()
+
+    def _opened(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.kept is None else self.kept.open()
+
+    def _go(self, engine: Replicas, total: int, asked: Asked) -> None:
+        first = self.runs[0]
         for run, source in zip(self.runs, self.sources, strict=True):
-            if run.held_out is not None and run.svi.optimiser is None:
+            if (run.held_out is not None or self.saved is not None) and run.svi.optimiser is None:
                 batch = source.first()
                 run.svi.prepare(*batch, rows=torch.arange(len(batch[0]), device=batch[0].device))
-        schedulers: list[Any] = []
-        while engine.steps < total and bool(engine.alive.any()):
-            epoch += 1
-            start, cpu, begun = time.perf_counter(), time.process_time(), engine.steps
-            weights = [1.0] * len(self.runs)
-            orders = [source.order() for source in self.sources]
-            for parts in zip(*orders, strict=True):
-                now = [run.plan.kl_weight(engine.steps, first.source.steps) for run in self.runs]
-                weights = weights if now == weights else now
-                self._step(engine, parts, weights)
-                if not schedulers and self.options.schedule is not None:
-                    schedulers = [self._scheduler(run) for run in self.runs]
-                if first.plan.unit == "step":
-                    for scheduler in schedulers:
-                        scheduler.step()
-                if engine.steps >= total:
-                    break
+        told = fingerprint(self.options, self._all(), replicas=vars(self.starts.table)) if self.kept is not None else {}
+        orders = self._resumed(engine, total, told)
+        while (engine.steps < total or self.at.done) and bool(engine.alive.any()):
+            if orders is None:
+                self.at = Position(self.at.epoch + 1)
+                self.marks = [source.position() for source in self.sources]
+                orders = [source.order() for source in self.sources]
+            self._epoch(engine, total, orders, told, asked)
             if first.plan.unit == "epoch":
-                for scheduler in schedulers:
+                for scheduler in self.schedulers:
                     scheduler.step()
-            spent = time.perf_counter() - start, time.process_time() - cpu
-            self._book(engine, epoch, begun, orders, weights, spent, engine.steps >= total)
+            self._book(engine, orders, engine.steps >= total)
+            self.at.done, orders = 0, None
         for run in self.runs:
-            run.why = run.why or (f"{epoch} epochs" if first.plan.unit == "epoch" else f"{total} steps")
+            run.why = run.why or (f"{self.at.epoch} epochs" if first.plan.unit == "epoch" else f"{total} steps")
+        self._save(engine, told)
+
+    def _epoch(
+        self, engine: Replicas, total: int, orders: Sequence[Sequence[Tensor]], told: dict[str, Any], asked: Asked
+    ) -> None:
+        """The steps of an epoch, or of what is left of it."""
+        start, cpu, first = time.perf_counter(), time.process_time(), self.runs[0]
+        weights = [run.at.weight for run in self.runs]
+        for parts in list(zip(*orders, strict=True))[self.at.done :]:
+            if engine.steps >= total:
+                break
+            now = [run.plan.kl_weight(engine.steps, first.source.steps) for run in self.runs]
+            weights = weights if now == weights else now
+            self._step(engine, parts, weights)
+            self.at.done += 1
+            if not self.schedulers and self.options.schedule is not None:
+                self.schedulers = [self._scheduler(run) for run in self.runs]
+            if first.plan.unit == "step":
+                for scheduler in self.schedulers:
+                    scheduler.step()
+            if asked or (self.kept is not None and self.kept.due(engine.steps)):
+                self._spend(start, cpu, weights)
+                start, cpu = time.perf_counter(), time.process_time()
+                self._save(engine, told)
+                if asked:
+                    raise Stop(asked.signal)
+        self._spend(start, cpu, weights)
+
+    def _spend(self, start: float, cpu: float, weights: Sequence[float]) -> None:
+        """Each replica's share of the time, and its KL weight of now."""
+        active = [run for run in self.runs if not run.why]
+        for run in active:
+            run.seconds += (time.perf_counter() - start) / len(active)
+            run.cpu_seconds += (time.process_time() - cpu) / len(active)
+        for run, weight in zip(self.runs, weights, strict=True):
+            run.at.weight = weight
+
+    def _all(self) -> Memory:
+        return Memory(self.tensors, None, 0, None)
+
+    def _save(self, engine: Replicas, told: dict[str, Any]) -> None:
+        """Write the state of all replicas after this step."""
+        if self.kept is None:
+            return
+        self.losses.append(engine.losses())
+        state = {"told": told, "members": self.members, "at": dict(vars(self.at)), "marks": self.marks}
+        state["losses"] = np.concatenate(self.losses)
+        self.kept.save(engine.steps, state | group_state(engine, self.runs, self.sources, self.schedulers))
+
+    def _resumed(self, engine: Replicas, total: int, told: dict[str, Any]) -> list[list[Tensor]] | None:
+        """The data order of the epoch that the newest checkpoint was made in; None where there is none."""
+        if self.saved is None or self.kept is None:
+            return None
+        state = self.saved.state
+        check_same(state["told"], told, self.kept.folder)
+        if self.saved.step > total:
+            raise OptionError(
+                f"the checkpoint in {self.kept.folder} is of step {self.saved.step}, and {total} steps are asked for: "
+                "ask for more"
+            )
+        if self.options.schedule is not None:
+            self.schedulers = [self._scheduler(run) for run in self.runs]
+        load_group_state(engine, self.runs, self.schedulers, state)
+        for run in self.runs:  # who was not stopped for a reason of its own may go on where more is asked for
+            run.why = run.why if run.early or run.error is not None else ""
+        self.at, self.marks, self.losses = Position(**state["at"]), state["marks"], [state["losses"]]
+        orders = None
+        if self.at.done:
+            for source, mark in zip(self.sources, self.marks, strict=True):
+                source.go_to(mark)
+            orders = [source.order() for source in self.sources]
+        for source, streams in zip(self.sources, state["sources"], strict=True):
+            source.restore(streams)
+        set_random_streams(state["random"])
+        return orders
 
     def _step(self, engine: Replicas, parts: Sequence[Tensor], weights: Sequence[float]) -> None:
         transform = self.options.transform
@@ -255,19 +389,11 @@ class _Group:
         scheduler.optimizer._opt_called = True  # the step was made, by a graph
         return scheduler
 
-    def _book(
-        self,
-        engine: Replicas,
-        epoch: int,
-        begun: int,
-        orders: Sequence[Sequence[Tensor]],
-        weights: Sequence[float],
-        spent: tuple[float, float],
-        last: bool,
-    ) -> None:
+    def _book(self, engine: Replicas, orders: Sequence[Sequence[Tensor]], last: bool) -> None:
         """Each replica's row of this epoch; who diverged is frozen and says so, who is done is frozen too."""
-        losses = engine.losses()  # (steps, 2, K)
-        share = len([run for run in self.runs if not run.why])
+        losses = np.concatenate([*self.losses, engine.losses()])  # (steps, 2, K)
+        self.losses = []
+        begun, epoch = engine.steps - len(losses), self.at.epoch
         rows = [len(index) for index in orders[0][: engine.steps - begun]]
         for k, run in enumerate(self.runs):
             if run.why:
@@ -276,10 +402,8 @@ class _Group:
             good = int(bad[0]) if len(bad) else len(losses)
             run.svi.steps = begun + good
             run.evaluations += sum(rows[:good]) * run.svi.pair.evaluations
-            run.seconds += spent[0] / share
-            run.cpu_seconds += spent[1] / share
             if good:
-                run.record(epoch, list(losses[:good, 0, k]), weights[k])
+                run.record(epoch, list(losses[:good, 0, k]), run.at.weight)
             if len(bad):
                 what = "loss" if not np.isfinite(losses[good, 0, k]) else "gradient"
                 run.error = (
@@ -290,7 +414,7 @@ class _Group:
                 run.why = f"a value was not finite at step {begun + good + 1}"
                 log.warning(run.error)
             elif run.enough(epoch, last):
-                run.why = run.rule.reason if run.rule is not None else "enough"
+                run.why, run.early = run.rule.reason if run.rule is not None else "enough", True
                 engine.alive[k] = False
 
 

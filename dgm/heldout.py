@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .bounds import LogWeightSummary
+from .pace import steady
 from .programs import Program, preserved_rng
 from .runs import Graphs
 from .sites import DATA_PLATE
@@ -55,6 +56,7 @@ class HeldOut:
         self.model, self.guide, self.batch, self.samples = model, guide, tuple(batch), samples
         self.plates: Iterable[str] = {DATA_PLATE, *(sizes or {})}
         self._samplers: list[LogWeightSampler] = []
+        self._begun = False
 
     def samplers(self) -> list[LogWeightSampler]:
         if not self._samplers:  # made late: a lazy guide must have seen the training data first
@@ -71,6 +73,9 @@ class HeldOut:
         The same seed gives the same noise, so that successive checks of one training differ by its progress alone.
         """
         parts = []
+        if steady() and not self._begun:  # the first pass makes the graphs, which differ from it by rounding
+            self._begun = True
+            self.bound(seed, samples)
         with preserved_rng(seed):
             for sampler in self.samplers():
                 summary = LogWeightSummary()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from . import __version__
 from .errors import DataError, ModelError
-from .fit import Fit
 from .pair import Pair
 from .programs import Program, owner, preserved_rng
 from .provenance import provenance
+from .resume import example_of
 from .store import writable, write_whole
+from .training import Fit
 
 FORMAT = 1
 RECIPE, WEIGHTS, HISTORY = "run.json", "weights.safetensors", "history.csv"
@@ -36,6 +38,7 @@ class Run:
         weights: state of the model ("model.<name>") and of the guide ("guide.<name>").
         about: steps, evaluations, seconds, why training stopped, how the steps ran, versions and command.
         history: the training curve, as in `Fit`.
+        example: a few rows of the data, with which the guide can be made again; empty where none were kept.
     """
 
     folder: Path
@@ -43,6 +46,7 @@ class Run:
     weights: dict[str, Tensor]
     about: dict[str, Any]
     history: pd.DataFrame
+    example: tuple[Tensor, ...] = ()
 
     def restore(self, model: Program, guide: Program, *batch: Any) -> tuple[Program, Program]:
         """The pair with the weights of the run; `batch` is what the pair was made with.
@@ -57,13 +61,14 @@ class Run:
         return pair.model, pair.guide
 
 
-def save_run(folder: str | os.PathLike[str], spec: Mapping[str, Any], fit: Fit) -> Path:
+def save_run(folder: str | os.PathLike[str], spec: Mapping[str, Any], fit: Fit, example: Sequence[Any] = ()) -> Path:
     """Write a trained pair; each file appears whole or not at all, `run.json` last.
 
     Args:
         folder: where to; made if need be.
         spec: whatever is needed to make model, data and guide again; must be plain JSON.
         fit: the trained pair.
+        example: a batch as model and guide take it; a few rows of its tensors are kept.
 
     Raises:
         OptionError: the folder cannot be written to.
@@ -83,9 +88,13 @@ def save_run(folder: str | os.PathLike[str], spec: Mapping[str, Any], fit: Fit) 
         "seed": fit.seed,
         **provenance(),
     }
-    content = {"format": FORMAT, "dgm": __version__, "spec": dict(spec), "about": about}
+    weights.update({f"example.{i}": t.contiguous() for i, t in enumerate(example_of(example))})
+    payload = save(weights)
+    told = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    content = {"format": FORMAT, "dgm": __version__, "spec": dict(spec), "about": about, "weights": told}
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
-    write_whole(folder / WEIGHTS, lambda part: save_file(weights, part))
+    (folder / RECIPE).unlink(missing_ok=True)  # the weights of one run never stand beside the recipe of another
+    write_whole(folder / WEIGHTS, lambda part: part.write_bytes(payload))
     write_whole(folder / HISTORY, lambda part: fit.history.to_csv(part, index=False))
     write_whole(folder / RECIPE, lambda part: part.write_text(text + "\n", encoding="utf-8"))
     return folder
@@ -112,12 +121,21 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         raise DataError(
             f"{path} was written by dgm {content.get('dgm')}, this is {__version__}: use that version or newer"
         )
+    told = content.get("weights")  # absent in a run of the first version
     try:
-        weights = load_file(folder / WEIGHTS)
+        payload = (folder / WEIGHTS).read_bytes()
+        if isinstance(told, dict) and hashlib.sha256(payload).hexdigest() != told.get("sha256"):
+            raise ValueError(
+                f"{WEIGHTS} holds {len(payload)} bytes that do not give the SHA-256 in {RECIPE}, "
+                f"expected {told.get('bytes')} bytes"
+            )
+        weights = load(payload)
         history = pd.read_csv(folder / HISTORY)
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"a file of the run {os.fspath(folder)!r} is missing or damaged: {error}") from error
-    return Run(folder, spec, weights, about, history)
+    kept = sorted((name for name in weights if name.startswith("example.")), key=lambda name: (len(name), name))
+    example = tuple(weights.pop(name) for name in kept)
+    return Run(folder, spec, weights, about, history, example)
 
 
 def _load(role: str, module: nn.Module | None, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoints
 from .checks import check_all_rows, check_observed
 from .errors import DGMError, GuideError, OptionError, TrainingError
 from .feeding import Batch, Loaded, Memory, Transform
@@ -22,11 +24,14 @@ from .pace import Compile
 from .pair import batch_rows
 from .posthoc import finishers
 from .programs import Program, owner, preserved_rng, program_name
+from .resume import after_skipping, check_same, example_of, load_run_state, run_state
 from .schedules import KLSchedule
+from .signals import Asked, deferred
 from .sites import DATA_PLATE
 from .stopping import NoisyPlateau
 from .svi import SVI
 
+Batches = Iterator[tuple[Batch, Tensor | None]]
 HISTORY = "epoch step evaluations elbo kl_weight lr valid_elbo valid_se seconds".split()
 
 
@@ -65,7 +70,7 @@ class Fit:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during `fit`; `fit` is what was finished, and the pair holds its last parameters.
+    """Ctrl-C during `fit`; `fit` is what was finished, and the pair holds the parameters of its last whole step.
 
     fits: the same of each replica, by its number.
     """
@@ -73,6 +78,47 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, fit: Fit, fits: dict[int, Fit] | None = None):
         super().__init__(f"interrupted after {fit.steps} steps")
         self.fit, self.fits = fit, fits or {}
+
+
+class Terminated(SystemExit):
+    """SIGTERM during a `fit` with checkpoints: the step was finished and saved, and the process ends with code 143.
+
+    fit, fits: as those of `Interrupted`.
+    """
+
+    def __init__(self, fit: Fit, fits: dict[int, Fit] | None = None):
+        super().__init__(143)
+        self.fit, self.fits = fit, fits or {}
+
+
+class Stop(Exception):
+    """A signal asked for the end, after this step."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+    def ended(self, fit: Fit, fits: dict[int, Fit] | None = None) -> BaseException:
+        """What the caller of `fit` gets to see."""
+        return Interrupted(fit, fits) if self.number == signal.SIGINT else Terminated(fit, fits)
+
+
+@dataclass
+class Position:
+    """Where a training stands in its data.
+
+    Attributes:
+        epoch: number of the epoch, from 1; 0 before the first.
+        done: batches of it that were trained on.
+        order: where the data order stood before it.
+        losses: of its steps. weight: the KL weight of the last.
+    """
+
+    epoch: int = 0
+    done: int = 0
+    order: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -210,6 +256,7 @@ class Run:
     validate_every: int = 1
     error: str | None = None
     why: str = ""  # why it ended, once it has
+    early: bool = False  # whether the rule ended it
     engine: str = ""
 
     def __init__(self, svi: SVI, plan: Plan, source: Memory | Loaded, held_out: HeldOut | None):
@@ -218,15 +265,32 @@ class Run:
         self.evaluations = 0
         self.seconds = self.cpu_seconds = 0.0
         self.best: tuple[float, dict[str, Tensor]] | None = None
+        self.at = Position()
+        self.scheduler: Any = None
+        self.example: tuple[Tensor, ...] = ()  # a few rows, for making the guide again
+        self.told: dict[str, Any] = {}  # what the training was asked for, as a checkpoint keeps it
 
-    def go(self, schedule: Callable[[torch.optim.Optimizer], Any] | None, bar: Any) -> Fit:
+    def go(
+        self,
+        schedule: Callable[[torch.optim.Optimizer], Any] | None,
+        bar: Any,
+        checkpoints: Checkpoints | None = None,
+    ) -> Fit:
+        """Train from the start, or from the newest checkpoint where there is one."""
         try:
             if self.untrained():
                 return self.finished(f"nothing to train: {program_name(self.svi.guide)} was made by its finish")
-            return self.finished(self._train(schedule, bar))
+            with deferred(terminate=checkpoints is not None) as asked:
+                self._train(schedule, bar, checkpoints, asked)
+            return self.finished(self.why)
         except TrainingError as error:
+            if checkpoints is not None and self.svi.optimiser is not None:
+                torch.set_rng_state(self.svi._state)  # before the step that failed
+                self.save(checkpoints)
             error.fit = self.result("a value was not finite")  # type: ignore[attr-defined]
             raise
+        except Stop as stop:
+            raise stop.ended(self.result("interrupted")) from None
         except KeyboardInterrupt as error:
             raise Interrupted(self.result("interrupted")) from error
 
@@ -234,7 +298,7 @@ class Run:
         """Whether there is nothing for SVI to do, because the guide makes its posterior by its `finish` alone."""
         if not finishers(self.svi.guide):
             return False
-        batch = self.source.first() if isinstance(self.source, Memory) else next(iter(self.source.epoch()))[0]
+        batch = self.source.first()
         plates = {DATA_PLATE, *self.svi.sizes}
         with batch_rows(torch.arange(len(batch[0]), device=batch[0].device)):
             check_observed(self.svi.model, batch, plates)
@@ -276,39 +340,118 @@ class Run:
             self.validate()
         return self.result(result.stopped)
 
-    def _train(self, schedule: Callable[[torch.optim.Optimizer], Any] | None, bar: Any) -> str:
+    def _train(
+        self,
+        schedule: Callable[[torch.optim.Optimizer], Any] | None,
+        bar: Any,
+        checkpoints: Checkpoints | None,
+        asked: Asked,
+    ) -> None:
         total = self.plan.total(self.source.steps)
-        scheduler: Any = None
-        epoch = 0
         if self.held_out is not None and isinstance(self.source, Memory):
-            first = self.source.first()
-            self.svi.prepare(*first, rows=torch.arange(len(first[0]), device=first[0].device))
+            self._prepare()
             self.held_out.samplers()  # a guide that cannot serve rows it was not trained on says so before the start
-        while self.svi.steps < total:
-            epoch += 1
-            start, cpu = time.perf_counter(), time.process_time()
-            losses, weight = [], 1.0
-            for batch, rows in self.source.epoch():
-                weight = self.plan.kl_weight(self.svi.steps, self.source.steps)
-                losses.append(self.svi.step(*batch, rows=rows, kl_weight=weight))
+        epoch = self._resumed(schedule, bar, checkpoints)
+        if self.svi.steps > total:
+            raise OptionError(
+                f"the checkpoint is of step {self.svi.steps}, and {total} steps are asked for: ask for more"
+            )
+        if self.why and (self.early or self.svi.steps == total):
+            return
+        self.why = ""
+        while self.svi.steps < total or self.at.done:
+            self._epoch(total, epoch or self._begin(), schedule, bar, checkpoints, asked)
+            epoch = None
+            if self.scheduler is not None and self.plan.unit == "epoch":
+                self.scheduler.step()
+            self.record(self.at.epoch, self.at.losses, self.at.weight)
+            self.at.done = 0
+            bar.set_postfix_str(f"elbo {self.rows[-1]['elbo']:.4g}", refresh=False)
+            if self.enough(self.at.epoch, self.svi.steps >= total):
+                self.why, self.early = self.rule.reason if self.rule is not None else "", True
+                break
+        self.why = self.why or (f"{self.at.epoch} epochs" if self.plan.unit == "epoch" else f"{total} steps")
+        if checkpoints is not None:
+            self.save(checkpoints)
+
+    def _prepare(self) -> None:
+        """Make whatever is made at a first step."""
+        batch = self.source.first()
+        self.svi.prepare(*batch, rows=torch.arange(len(batch[0]), device=batch[0].device))
+
+    def _begin(self) -> Batches:
+        """The next epoch's batches."""
+        self.at = Position(self.at.epoch + 1, order=self.source.position())
+        return self.source.epoch()
+
+    def _epoch(
+        self,
+        total: int,
+        epoch: Batches,
+        schedule: Callable[[torch.optim.Optimizer], Any] | None,
+        bar: Any,
+        checkpoints: Checkpoints | None,
+        asked: Asked,
+    ) -> None:
+        """The steps of an epoch, or of what is left of it."""
+        start, cpu, before = time.perf_counter(), time.process_time(), (self.seconds, self.cpu_seconds)
+        at = self.at
+        if self.svi.steps < total:
+            for batch, rows in epoch:
+                at.weight = self.plan.kl_weight(self.svi.steps, self.source.steps)
+                at.losses.append(self.svi.step(*batch, rows=rows, kl_weight=at.weight))
+                at.done += 1
+                self.example = self.example or example_of(batch)
                 self.evaluations += len(batch[0]) * self.svi.pair.evaluations
-                if scheduler is None and schedule is not None:
-                    scheduler = schedule(self.svi.optimiser)  # type: ignore[arg-type]
-                    scheduler.optimizer._opt_called = True  # the step was before the scheduler was made, on purpose
-                if scheduler is not None and self.plan.unit == "step":
-                    scheduler.step()
+                if self.scheduler is None and schedule is not None:
+                    self._schedule(schedule)
+                if self.scheduler is not None and self.plan.unit == "step":
+                    self.scheduler.step()
                 bar.update()
+                if checkpoints is not None and (asked or checkpoints.due(self.svi.steps)):
+                    self.seconds = before[0] + time.perf_counter() - start
+                    self.cpu_seconds = before[1] + time.process_time() - cpu
+                    self.save(checkpoints)
+                if asked:
+                    raise Stop(asked.signal)
                 if self.svi.steps >= total:
                     break
-            if scheduler is not None and self.plan.unit == "epoch":
-                scheduler.step()
-            self.seconds += time.perf_counter() - start
-            self.cpu_seconds += time.process_time() - cpu
-            self.record(epoch, losses, weight)
-            bar.set_postfix_str(f"elbo {self.rows[-1]['elbo']:.4g}", refresh=False)
-            if self.enough(epoch, self.svi.steps >= total):
-                return self.rule.reason if self.rule is not None else ""
-        return f"{epoch} epochs" if self.plan.unit == "epoch" else f"{total} steps"
+        self.seconds = before[0] + time.perf_counter() - start
+        self.cpu_seconds = before[1] + time.process_time() - cpu
+
+    def _schedule(self, schedule: Callable[[torch.optim.Optimizer], Any]) -> None:
+        self.scheduler = schedule(self.svi._optimiser())
+        self.scheduler.optimizer._opt_called = True  # the step was before the scheduler was made, on purpose
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write the state after this step."""
+        checkpoints.save(self.svi.steps, {**run_state(self), "at": dict(vars(self.at))})
+
+    def _resumed(
+        self,
+        schedule: Callable[[torch.optim.Optimizer], Any] | None,
+        bar: Any,
+        checkpoints: Checkpoints | None,
+    ) -> Batches | None:
+        """What is left of the epoch that the newest checkpoint was made in; None where there is none."""
+        saved = None if checkpoints is None else checkpoints.latest()
+        if saved is None or checkpoints is None:
+            return None
+        state = saved.state
+        check_same(state["told"], self.told, checkpoints.folder)
+        if self.svi.optimiser is None:
+            self._prepare()
+        if schedule is not None:
+            self._schedule(schedule)
+        load_run_state(self, state)
+        self.at = Position(**state["at"])
+        bar.update(self.svi.steps)
+        then = after_skipping(self, state)
+        if not self.at.done:
+            then()
+            return None
+        self.source.go_to(self.at.order)
+        return self.source.epoch(self.at.done, then)
 
     def record(self, epoch: int, losses: Sequence[float], weight: float) -> None:
         optimiser = self.svi.optimiser
