@@ -1,6 +1,6 @@
 """The command line: words in, exit codes out. The work is in `dgm.commands`, imported when a command runs.
 
-Exit codes: 0 all well, 1 some runs failed, 2 bad usage or input, 130 interrupted.
+Exit codes: 0 all well, 1 some runs failed or something was found, 2 bad usage or input, 130 interrupted, 143 ended.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from . import __version__
-from .errors import DGMError, TrainingError
+from .errors import DGMError, OptionError, TrainingError
 
 HELP = """Train deep generative models and Bayesian neural networks with any guide, and compare guides.
 
@@ -85,10 +86,10 @@ def _root(
         raise typer.Exit
 
 
-def _go(run: Callable[..., int], *args: Any, **kwargs: Any) -> NoReturn:
-    """Run a command's work: its exit code, or an error in one line."""
+def _go(run: Callable[..., int], *args: Any, quiet: bool = False, **kwargs: Any) -> NoReturn:
+    """Run a command's work: its exit code, or an error in one line; quiet shows no log, for which torch is imported."""
     try:
-        with _work("commands").log_lines():
+        with nullcontext() if quiet else _work("commands").log_lines():
             code = run(*args, **kwargs)
     except DGMError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -108,7 +109,11 @@ def _number(text: str) -> int | str:
 
 
 def _work(module: str = "commands") -> Any:
-    return importlib.import_module(f".{module}", __package__)
+    try:
+        return importlib.import_module(f".{module}", __package__)
+    except ImportError as error:  # of a package that dgm needs
+        first = str(error).partition("\n")[0]
+        raise OptionError(f"the installation is broken ({first}): `dgm doctor` says what and the cure") from error
 
 
 @app.command()
@@ -252,6 +257,55 @@ def sample(
             folder, model=model, guide=guide, data=data, data_dir=data_dir, n=n, seed=seed, mean=mean, out=out
         )
     )
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model, as in the other commands; without one the installation is examined."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        _option("--data", help="A data set of `dgm list data`, or a .csv, .npz or .pt file.", default="digits"),
+    ] = None,
+    guide: Annotated[
+        str, _option("--guide", help="A family or guide of `dgm list guides`, or path/to/file.py:name of your own.")
+    ] = "diagonal-normal",
+    attach: Attach = "joint",
+    epochs: Epochs = None,
+    steps: Annotated[int | None, _option("--steps", min=1, help="Steps of the short training.", default="300")] = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    seed: Annotated[int, _option("--seed", min=0, help="Of start, data order and noise.")] = 0,
+    data_dir: DataDir = None,
+    binarize: Binarize = None,
+    split: Split = "0",
+    target: Target = None,
+    data_seed: DataSeed = 0,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="The installation: also compile a function, which takes a minute.")
+    ] = False,
+) -> None:
+    """What is wrong, and the cure? Of a model with its guide and data, or of the installation."""
+
+    def run() -> int:
+        if model is None:
+            if any(value is not None for value in (data, epochs, steps, batch_size, lr, target, binarize)):
+                raise OptionError("which model? dgm doctor MODEL --data ...; without any option the installation")
+            return _work("commands_doctor").run_environment(thorough)
+        return _work("commands_doctor").run_doctor(
+            _work().Source(model, data or "digits", data_dir, _number(split), target, data_seed, binarize),
+            guide=guide,
+            attach=attach,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+        )
+
+    _go(run, quiet=model is None)
 
 
 @app.command("list")

@@ -112,7 +112,7 @@ def test_help_waits_for_nothing() -> None:
 import sys
 from typer.testing import CliRunner
 from dgm import cli
-commands = "compare train evaluate sample list inspect".split()
+commands = "compare train evaluate sample doctor list inspect".split()
 for words in (["--help"], ["--version"], *([command, "--help"] for command in commands)):
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, (words, result.output)
