@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,17 @@ from .draws import write_draws
 from .entries import entry_name
 from .errors import DataError, DGMError, OptionError
 from .evaluate import evaluate
-from .fit import Fit, Interrupted, checked_seed, fit
+from .fit import Fit, Interrupted, Terminated, checked_seed, fit
+from .lock import locked
 from .pace import Compile
 from .posthoc import notes_of
 from .programs import program_name
 from .resolve import DATA_ENDINGS, is_file
 from .store_run import RECIPE, Run, load_run, save_run
+
+STATES = "checkpoints"
+"""Folder inside of a run with the states of its training; gone when it is finished."""
+AGAIN = "the same command with --resume goes on"
 
 
 def run_train(
@@ -33,18 +41,21 @@ def run_train(
     seed: int,
     out: Path | None,
     compile: str = "auto",
+    resume: bool = False,
 ) -> int:
-    """Train one pair and write it to a folder."""
+    """Train one pair and write it to a folder, or go on where a run was cut short."""
     how = compile_of(compile)
     job = task(source, epochs=epochs, batch_size=batch_size, lr=lr)
     name = entry_name(guide)
     make = job.guides([guide], attach)[name]
     checked_seed(seed)
-    with results_folder(out, f"{job.name}-{name}", RECIPE) as folder:
+    with _run_folder(out, f"{job.name}-{name}", resume) as folder:
         model, attached = job.pair(make, seed)
         print(f"{program_name(model)} on {job.data.name} with {name}: {plural(job.epochs, 'epoch')}", flush=True)
-        result, code = _fitted(job, model, attached, seed, how)
+        result, code = _fitted(job, model, attached, seed, how, folder)
         saved(lambda: save_run(folder, _spec(job, guide, attach, seed) | {"compile": compile}, result), folder)
+        if code == OK:
+            shutil.rmtree(folder / STATES)
     last = result.history.iloc[-1:]
     if len(last):
         print(last.dropna(axis=1).to_string(index=False, float_format="{:.6g}".format))
@@ -55,7 +66,32 @@ def run_train(
     return code
 
 
-def _fitted(job: Task, model: Any, guide: Any, seed: int, how: Compile) -> tuple[Fit, int]:
+@contextmanager
+def _run_folder(out: Path | None, name: str, resume: bool) -> Iterator[Path]:
+    """The folder of a run: a new one, or one that holds a run that was cut short.
+
+    Raises:
+        OptionError: nothing there to go on with, or something that must not be overwritten.
+    """
+    unfinished = out is not None and (out / STATES).is_dir()
+    if not resume:
+        if unfinished:
+            raise OptionError(
+                f"{out} holds a run that was cut short: go on with it by --resume, or give another folder"
+            )
+        with results_folder(out, name, RECIPE) as folder, locked(folder):
+            yield folder
+        return
+    if out is None:
+        raise OptionError("--resume goes on with the run in a folder: give it by --out")
+    if not unfinished:
+        what = "holds a run that is finished" if (out / RECIPE).exists() else "holds no run that was cut short"
+        raise OptionError(f"{out} {what}: leave --resume out, and give another folder, to begin one")
+    with locked(out):
+        yield out
+
+
+def _fitted(job: Task, model: Any, guide: Any, seed: int, how: Compile, folder: Path) -> tuple[Fit, int]:
     """What training comes to, also where it is cut short: the last good parameters are worth keeping."""
     try:
         bar = sys.stderr.isatty()
@@ -70,6 +106,7 @@ def _fitted(job: Task, model: Any, guide: Any, seed: int, how: Compile) -> tuple
             transform=job.data.transform,
             progress=bar,
             compile=how,
+            checkpoint=folder / STATES,
         ), OK
     except DGMError as error:
         kept: Fit | None = getattr(error, "fit", None)
@@ -78,8 +115,11 @@ def _fitted(job: Task, model: Any, guide: Any, seed: int, how: Compile) -> tuple
         print(f"error: {error}\nwhat was trained until then is written", file=sys.stderr)
         return kept, SOME_FAILED
     except Interrupted as interrupted:
-        print("interrupted: what was trained is written", file=sys.stderr)
+        print(f"interrupted: what was trained is written; {AGAIN}", file=sys.stderr)
         return interrupted.fit, INTERRUPTED
+    except Terminated as terminated:
+        print(f"terminated: what was trained is written; {AGAIN}", file=sys.stderr)
+        return terminated.fit, int(terminated.code or 0)
 
 
 def run_evaluate(

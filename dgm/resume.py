@@ -206,8 +206,8 @@ def same_names(saved: Mapping[str, Tensor], present: Mapping[str, Tensor], pair:
         was, now = (tuple(part[name].shape) if name in part else "missing" for part in (saved, present))
         if was != now:
             raise ModelError(
-                f"the checkpoint is not of this pair ({pair}): {name!r} is {was} there and {now} here; was the model or "
-                "the guide changed since?"
+                f"the checkpoint is not of this pair ({pair}): {name!r} is {was} there and {now} here; was the model "
+                "or the guide changed since?"
             )
 
 
@@ -277,9 +277,7 @@ def words(value: Any) -> Any:
         return f"{getattr(value, '__module__', '')}.{value.__qualname__}"
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
-    inside = (
-        {k: words(v) for k, v in vars(value).items() if not k.startswith("_")} if hasattr(value, "__dict__") else {}
-    )
+    inside = {name: words(item) for name, item in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
     return [f"{type(value).__module__}.{type(value).__qualname__}", inside]
 
 
@@ -291,11 +289,8 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Any) ->
     """
     for name in sorted({*saved, *now} - set(MAY_CHANGE)):
         if saved.get(name) != now.get(name):
-            what = (
-                "the training rows are others"
-                if name == "data"
-                else (f"{name} is {now.get(name)!r} here and {saved.get(name)!r} there")
-            )
+            here, there = now.get(name), saved.get(name)
+            what = f"{name} is {here!r} here and {there!r} there" if name != "data" else "the training rows are others"
             raise OptionError(
                 f"{folder} holds a training that this one does not continue: {what}. Give what it was begun with, or "
                 "another folder"
