@@ -188,6 +188,9 @@ def train(
     target: Target = None,
     data_seed: DataSeed = 0,
     compile: Compile = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, which was cut short, to the same numbers.")
+    ] = False,
 ) -> None:
     """Train one model with one guide, and keep the pair: safetensors and JSON."""
 
@@ -203,6 +206,7 @@ def train(
             seed=seed,
             out=out,
             compile=compile,
+            resume=resume,
         )
 
     _go(run)
