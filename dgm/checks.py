@@ -11,8 +11,8 @@ from pyro.distributions import Unit
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
-from .data import check_support
-from .errors import DataError, GuideError, ModelError, OptionError
+from .data import check_inside, check_support, kind_of, plain_support, transformed
+from .errors import DataError, GuideError, ModelError
 from .heldout import ROWS
 from .hints import Lines, misplaced, unwritten
 from .mapped import MappedArray
@@ -77,22 +77,32 @@ def check_all_rows(
     return found
 
 
-def transformed(chunk: tuple[Tensor, ...], transform: Any) -> tuple[Tensor, ...]:
-    """What a transform makes of some rows.
+class EachBatch:
+    """Holds each batch of a stream against the model: the first by `check_observed`, the others by their supports.
 
-    Raises:
-        OptionError: it makes no tuple of tensors with one row for each of the chunk's.
+    Only observed values that are an argument of the model, as it stands, are looked at again: that costs no run of it.
     """
-    made = transform(chunk, torch.Generator(chunk[0].device).manual_seed(0))
-    tensors = isinstance(made, tuple) and len(made) > 0 and all(isinstance(t, Tensor) and t.dim() for t in made)
-    lengths = [len(t) for t in made] if tensors else []
-    if set(lengths) != {len(chunk[0])}:
-        told = f"arrays of {lengths} rows" if tensors else f"a {type(made).__name__}"
-        raise OptionError(
-            f"transform makes {told} of {len(chunk[0])} rows, expected (batch, generator) -> a tuple of tensors with "
-            "as many rows, such as lambda batch, generator: (torch.bernoulli(batch[0], generator=generator),)"
-        )
-    return made
+
+    def __init__(self, model: Program, plates: Iterable[str]):
+        self.model, self.plates = model, set(plates)
+        self.direct: list[tuple[str, str, Any, int]] | None = None  # site, distribution, support, argument
+
+    def __call__(self, batch: Sequence[Tensor]) -> None:
+        """Raises: DataError, ModelError: see `check_observed`."""
+        if self.direct is None:
+            found = check_observed(self.model, batch, self.plates)
+            check_plate_rows(self.model, found, len(batch[0]))
+            warn_of_draws(self.model, batch)
+            self.direct = [
+                (site, kind_of(node["fn"]), support, place)
+                for site, node in found.observed.items()
+                if (support := plain_support(node["fn"])) is not None
+                for place, item in enumerate(batch)
+                if node["value"] is item
+            ]
+            return
+        for site, kind, support, place in self.direct:
+            check_inside(batch[place], support, site, kind)
 
 
 def _is_factor(fn: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from numbers import Number
 from typing import Any
 
@@ -51,6 +51,7 @@ def as_tensors(
         raise OptionError(f"dtype must be a floating dtype, not {dtype}; labels stay int64 by themselves")
     arrays = several(data)
     labels = array_names(len(arrays), names)
+    _check_order(arrays, labels)
     tensors = tuple(_tensor(array, label, dtype, device) for array, label in zip(arrays, labels, strict=False))
     check_lengths(tensors, labels)
     return tensors
@@ -65,6 +66,20 @@ def as_given(data: Sequence[Any]) -> tuple[Tensor, ...]:
     items = data[0] if len(data) == 1 and isinstance(data[0], tuple | list) else data
     dtype = next((d.dtype for d in items if isinstance(d, Tensor) and d.is_floating_point()), None)
     return as_tensors(items[0] if len(items) == 1 else tuple(items), dtype=dtype) if len(items) else ()
+
+
+def _check_order(arrays: Sequence[Any], labels: Sequence[str]) -> None:
+    """pandas aligns by index, arrays by position: two frames of the same rows in another order would be mixed up."""
+    held = [(n, a.index) for n, a in zip(labels, arrays, strict=False) if isinstance(a, pd.DataFrame | pd.Series)]
+    for name, index in held[1:]:
+        first, other = held[0][0], held[0][1]
+        if len(index) == len(other) and not index.equals(other) and index.is_unique and other.isin(index).all():
+            row = next(i for i, (a, b) in enumerate(zip(index, other, strict=True)) if a != b)
+            raise DataError(
+                f"{first} and {name} hold the same rows in another order: row {row} has the index {other[row]!r} in "
+                f"{first} and {index[row]!r} in {name}; align them by {name}.loc[{first}.index], or, if the order "
+                "is right, give both .reset_index(drop=True)"
+            )
 
 
 def array_names(count: int, names: Sequence[str] | None = None) -> list[str]:
@@ -97,6 +112,10 @@ def _tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device | st
         value = _from_pandas(value, name)
     if isinstance(value, Tensor):
         raw = value.detach()
+        if raw.is_meta:
+            raise DataError(f"{name} is on the meta device, which holds no values; give a tensor that has some")
+        if raw.layout != torch.strided:
+            raise DataError(f"{name} is a sparse tensor ({raw.layout}); give {name}.to_dense()")
         if raw.is_complex():
             raise DataError(f"{name} holds complex numbers; give real and imaginary part as two columns")
     else:
@@ -120,8 +139,10 @@ def _from_pandas(value: pd.DataFrame | pd.Series, name: str) -> np.ndarray:
     for position, (label, column) in enumerate(value.items() if frame else [("", value)]):
         if getattr(column.dtype, "kind", "O") not in "biuf":
             where = f"column {str(label)!r} ({position}) of {name}" if frame else name
+            row = next((i for i, item in enumerate(column) if not isinstance(item, Number)), None)
+            cure = "encode it or drop it" if row is not None else "convert it by .astype(float)"
             raise DataError(
-                f"{where} holds {column.dtype}, not numbers (row 0: {column.iloc[0]!r}); encode it or drop it"
+                f"{where} holds {column.dtype}, not numbers (row {row or 0}: {column.iloc[row or 0]!r}); {cure}"
             )
     if not frame and value.dtype.kind in "biu" and not value.isna().any():
         return value.to_numpy(dtype=np.int64)
@@ -135,7 +156,10 @@ def _from_numpy(value: Any, name: str, dtype: torch.dtype) -> Tensor:
         raise DataError(f"{name} is no array: its rows differ in length, or it holds no numbers ({error})") from None
     if array.dtype.kind not in "biuf":
         kind = f"a {type(value).__name__}" if array.dtype.kind == "O" else f"{array.dtype}"
-        raise DataError(f"{name} is {kind} and not an array of numbers; give a tensor, numpy array or pandas frame")
+        cure = "give a tensor, numpy array or pandas frame"
+        if array.dtype.kind in "US":
+            cure = "class names become numbers by np.unique(y, return_inverse=True)[1]"
+        raise DataError(f"{name} is {kind} and not an array of numbers; {cure}")
     # a copy: writable, native and contiguous
     return torch.from_numpy(np.array(array, dtype=numpy_target(array, dtype), order="C"))
 
@@ -251,6 +275,24 @@ def batches(
     return iter([order[a:b] for a, b in zip(starts, [*starts[1:], n], strict=True)])
 
 
+def transformed(chunk: tuple[Tensor, ...], transform: Callable[..., Any]) -> tuple[Tensor, ...]:
+    """What a transform makes of some rows.
+
+    Raises:
+        OptionError: it makes no tuple of tensors with one row for each of the chunk's.
+    """
+    made = transform(chunk, torch.Generator(chunk[0].device).manual_seed(0))
+    tensors = isinstance(made, tuple | list) and len(made) > 0 and all(isinstance(t, Tensor) and t.dim() for t in made)
+    lengths = [len(t) for t in made] if tensors else []
+    if set(lengths) != {len(chunk[0])}:
+        told = f"arrays of {lengths} rows" if tensors else f"a {type(made).__name__}"
+        raise OptionError(
+            f"transform makes {told} of {len(chunk[0])} rows, expected (batch, generator) -> a tuple of tensors with "
+            "as many rows, such as lambda batch, generator: (torch.bernoulli(batch[0], generator=generator),)"
+        )
+    return tuple(made)
+
+
 def check_support(value: Any, distribution: Distribution, site: str) -> None:
     """Refuse an observed value that its likelihood cannot have produced.
 
@@ -290,16 +332,35 @@ def check_support(value: Any, distribution: Distribution, site: str) -> None:
     integer_bits = isinstance(support, type(constraints.boolean)) and not value.is_floating_point()
     if integer_bits:
         raise DataError(f"site {site!r}: {kind} needs floating values, got {value.dtype}; use .float()")
+    check_inside(value, support, site, kind)
+    _check_edge(value, distribution, support, site, kind)
+
+
+def check_inside(value: Tensor, support: constraints.Constraint, site: str, kind: str) -> None:
+    """Refuse values that a support of single values (`plain_support`) does not hold, by a DataError."""
     inside = support.check(value)
-    low, high = float(value.min()), float(value.max())
     if not inside.all():
+        low, high = float(value.min()), float(value.max())
         share = 100.0 * float((~inside).double().mean())
         seen = f"{str(value.dtype).removeprefix('torch.')}, min {low:.6g}, max {high:.6g}"
         raise DataError(
             f"site {site!r}: {share:.3g} % of the observed values lie outside the support {_text(support)} of {kind} "
             f"({seen}); {_cure(support, value, low, high)}"
         )
-    _check_edge(value, distribution, support, site, kind)
+
+
+def kind_of(distribution: Distribution) -> str:
+    """The name of a distribution under `.to_event`, `.mask` and plates: `Normal`."""
+    while isinstance(distribution, Independent | MaskedDistribution | ExpandedDistribution):
+        distribution = distribution.base_dist
+    return type(distribution).__name__
+
+
+def plain_support(distribution: Distribution) -> constraints.Constraint | None:
+    """The support of single values where it is the same for every batch of data, None where it has parameters."""
+    support = _elementary(distribution)
+    ends = [getattr(support, end, 0) for end in ("lower_bound", "upper_bound")]
+    return support if all(isinstance(end, Number) for end in ends) else None
 
 
 def _check_shape(value: torch.Size, expected: torch.Size, site: str, kind: str) -> None:
@@ -310,8 +371,12 @@ def _check_shape(value: torch.Size, expected: torch.Size, site: str, kind: str) 
         cure = "pass it with .squeeze(-1)"
     elif e == (*v, 1):
         cure = "take .squeeze(-1) of the distribution's parameters, or pass the value with .unsqueeze(-1)"
-    elif len(v) == 1 and e == v + v:
-        cure = "parameters of shape (N, 1) met a plate of N rows: take .squeeze(-1) of them"
+    elif kind == "Categorical" and len(v) > 1 and v[:-1] == e:
+        cure = "one-hot rows become class numbers by .argmax(-1), or use a OneHotCategorical likelihood"
+    elif kind.startswith("OneHotCategorical") and v == e[:-1]:
+        cure = f"class numbers become one-hot rows by torch.nn.functional.one_hot(y, {e[-1]}).float()"
+    elif len(e) == 2 and e[0] == e[1] == v[0] and v in ((e[0],), (e[0], 1)):
+        cure = "parameters of shape (N, 1) met a plate of N rows: take .squeeze(-1) of them, or .to_event(1)"
     elif math.prod(v) == math.prod(e):
         cure = f"pass it with .reshape({e})"
     else:

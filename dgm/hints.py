@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .data import array_names
+from .data import array_names, kind_of
 from .errors import DGMError, without_shapes
 from .programs import Program, owner
 
@@ -75,7 +75,7 @@ def misplaced(nodes: Mapping[str, Any], lines: Mapping[str, str]) -> str | None:
         around = ", ".join(f"{f.name!r} (dim {d}, {f.size})" for d, f in sorted(frames.items(), reverse=True)) or "none"
         where = f", {lines[name]}" if name in lines else ""
         return (
-            f"site {name!r} ({_kind(node['fn'])}{where}) has the batch shape {batch}, its plates are: {around}; "
+            f"site {name!r} ({kind_of(node['fn'])}{where}) has the batch shape {batch}, its plates are: {around}; "
             f"make the entries one value by .to_event({len(bad)}), or open a pyro.plate around them"
         )
     return None
@@ -89,12 +89,6 @@ def failure(error: Exception, program: Program, batch: Sequence[Any]) -> str:
     text = " ".join(without_shapes(str(error)).split())
     where = f" (line {lines[-1]} of its file)" if lines else ""
     return f"{type(error).__name__}: {text}{where}{hint(error, program, batch)}"
-
-
-def _kind(fn: Any) -> str:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__
 
 
 def hint(error: Exception, program: Program, batch: Sequence[Any]) -> str:

@@ -43,6 +43,9 @@ def make_optimiser(optim: Any, parameters: Mapping[str, Tensor]) -> torch.optim.
     if isinstance(optim, PyroOptim):
         return _from_pyro(optim, parameters)
     if isinstance(optim, torch.optim.Optimizer):
+        for group in optim.param_groups:
+            if not 0 <= float(group.get("lr", 0.0)) < float("inf"):
+                raise OptionError(f"the optimiser's lr is {group['lr']!r}, expected a number >= 0 such as 1e-3")
         held = {id(p) for group in optim.param_groups for p in group["params"]}
         missing = [name for name, p in parameters.items() if id(p) not in held]
         if missing:

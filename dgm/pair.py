@@ -20,7 +20,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from .errors import DGMError, GuideError, ModelError, did_you_mean
+from .errors import DGMError, GuideError, ModelError, OptionError, did_you_mean
 from .hints import Lines, failure, misplaced, unwritten
 from .noise import Recorded, replaying
 from .objectives import Objective
@@ -123,6 +123,26 @@ def _proposed(guide: Program) -> Any:
     return propose() if callable(propose) else None
 
 
+def checked_loss(loss: Any) -> Any:
+    """A loss as a pair can use it.
+
+    Raises:
+        OptionError: a class, something that is no loss, or no particles.
+    """
+    if isinstance(loss, type):
+        raise OptionError(f"loss is the class {loss.__name__}, expected an object of it: write {loss.__name__}()")
+    if not (
+        callable(loss) or any(hasattr(loss, name) for name in ("loss_and_grads", "differentiable_loss", "loss_of"))
+    ):
+        raise OptionError(f"loss is {loss!r}, expected a Pyro ELBO or one of dgm.ELBO(), dgm.ImportanceELBO(), ...")
+    particles = getattr(loss, "num_particles", 1)
+    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
+        raise OptionError(
+            f"num_particles of {type(loss).__name__} is {particles!r}, expected a whole number, at least 1"
+        )
+    return loss
+
+
 class _Owners(nn.Module):
     """Holds the modules of both programs, so that one call can exchange all their parameters."""
 
@@ -160,7 +180,7 @@ class Pair:
         self.guide, guide_home = with_home(guide)
         self.run_model = bound(self.model, model_home, guide_home)
         self.run_guide = bound(self.guide, guide_home, model_home)
-        loss = loss if loss is not None else _proposed(self.guide)
+        loss = checked_loss(loss) if loss is not None else _proposed(self.guide)
         self.loss_fn: Any = copy.copy(loss) if loss is not None else Trace_ELBO()
         if getattr(self.loss_fn, "vectorize_particles", False):
             self.loss_fn.max_plate_nesting = math.inf  # guessed anew: another model may have been seen
@@ -295,6 +315,12 @@ class Pair:
             ModelError: the model alone cannot be run, or a discrete latent stands where none can be served.
         """
         plates, lines = set(plates), Lines()
+        for name, parameter in self.owners.named_parameters():
+            if parameter.is_meta:
+                raise GuideError(
+                    f"parameter {name!r} is on the meta device, which holds no values: build the module on a real one, "
+                    "or call .to_empty(device=...) and start its values"
+                )
         with self.running(), preserved_rng(0), preserved_buffers(self.model, self.guide), torch.no_grad():
             with unwritten(program_name(self.guide), batch, GuideError), lines:
                 guide_trace = self._run_guide(batch)

@@ -9,10 +9,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .errors import GuideError, did_you_mean
 from .metrics import CategoricalPrediction, GaussianPrediction, VectorPrediction
 from .pair import Pair
-from .programs import Program
+from .programs import Program, evaluating, preserved_rng, program_name
 from .runs import Runs
+from .sites import read
 
 Prediction = GaussianPrediction | CategoricalPrediction | VectorPrediction
 
@@ -24,8 +26,12 @@ def predict(
 
     The model's `forward(x, y)` returns {"loc", "scale"} (a normal target) or {"logits"} (classes); those are collected
     over draws of the guide. A model that returns anything else has no predictive scores but its log density.
+
+    Raises:
+        GuideError: a latent of the model is not among the guide's sites: it would be drawn from the prior.
     """
     pair = Pair(model, guide)
+    check_served(pair, batch)
     keys: list[str] = []
 
     def run(data: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -49,6 +55,25 @@ def predict(
     return GaussianPrediction(out["loc"], scale if scale.dim() == 2 else scale[:, None], y, y_std)
 
 
+def check_served(pair: Pair, batch: Sequence[Any]) -> None:
+    """Every latent that the model draws is one of the guide's, for what the guide does not give comes from the prior.
+
+    Raises:
+        GuideError: one is not; discrete latents that are summed out need none.
+    """
+    with pair.running(), preserved_rng(0), evaluating(pair.model, pair.guide):
+        guided = poutine.trace(pair.run_guide).get_trace(*batch)
+        found = read(poutine.trace(poutine.replay(pair.run_model, trace=guided)).get_trace(*batch))
+    given = [name for name, site in read(guided).items() if not site.auxiliary]
+    for name, site in found.items():
+        if name not in guided.nodes and not site.enumerated:
+            raise GuideError(
+                f"{program_name(pair.guide)} does not sample the latent {name!r} of {program_name(pair.model)}, so "
+                f"that it would be drawn from the prior: of the guide's sites, {did_you_mean(name, given)}; "
+                "predict with the model that the guide was trained with"
+            )
+
+
 def scores_of(prediction: Prediction) -> dict[str, float]:
     """The scores of one row of a comparison, by the names of its columns."""
     scores = prediction.summary()
@@ -57,4 +82,4 @@ def scores_of(prediction: Prediction) -> dict[str, float]:
     return {("calibration_error" if k == "expected_calibration_error" else k): v for k, v in scores.items()}
 
 
-__all__ = ["Prediction", "predict", "scores_of"]
+__all__ = ["Prediction", "check_served", "predict", "scores_of"]

@@ -12,7 +12,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .errors import DataError, DGMError, ModelError
+from .errors import DataError, DGMError, GuideError, ModelError
 from .programs import FunctionProgram, Program, evaluating, isolated, owner, program_name
 from .sites import DATA_PLATE, Latents, trace_once
 
@@ -134,6 +134,26 @@ def _unsteady_site(model: Program, batch: Sequence[Any]) -> str | None:
     return None
 
 
+def check_coverage(parameters: Mapping[str, Tensor], reached: Sequence[Tensor], guide: Program) -> None:
+    """The loss depends on the parameters that the optimiser moves; the log names those on which it does not.
+
+    Raises:
+        GuideError: it depends on none.
+    """
+    held = {id(leaf) for leaf in reached}
+    left = [name for name, p in parameters.items() if id(p) not in held]
+    if len(left) == len(parameters):
+        raise GuideError(
+            f"nothing to train: none of the {len(left)} parameters of {program_name(guide)} and its model takes part "
+            "in the loss: look for .detach(), .data, torch.no_grad() or torch.tensor(parameter) in the programs"
+        )
+    if left:
+        some = ", ".join(map(repr, left[:3])) + (", ..." if len(left) > 3 else "")
+        log.warning(
+            "%d of %d parameters take no part in the loss and will not be trained: %s", len(left), len(parameters), some
+        )
+
+
 _BY_MODE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -175,4 +195,4 @@ def check_last_batch(rows: int, batch_size: int | None, drop_last: bool, *progra
                 )
 
 
-__all__ = ["check_last_batch", "check_modes", "check_plate_rows", "check_scales", "warn_of_draws"]
+__all__ = ["check_coverage", "check_last_batch", "check_modes", "check_plate_rows", "check_scales", "warn_of_draws"]
