@@ -73,7 +73,8 @@ class Suite:
     name: as the file is called. cells: `(budget) -> cells` of "smoke", "short" or "full"; the same call gives the same
     cells. run: `(cell) -> row`, or, where `group_by` is given, `(cells) -> rows` of one job in the order of its cells,
     as an iterable: each row is written when it comes. A row is a mapping of column names to numbers, text, booleans or
-    None; arrays and tensors are kept beside it (`Results.arrays`); columns whose name ends in "seconds" are costs; an
+    None. Arrays and tensors in it are kept beside it (`Results.arrays`); one called per_datum, the first metric for
+    each held-out datum, lets guides be ranked by pairs of data. Columns whose name ends in "seconds" are costs. An
     exception in place of a row is that cell's failure. The numbers may depend on the cells of the job and on nothing
     else, so train with `compile="trace"` (or "inductor"), not "auto", which looks at the clock. The random stream is
     seeded, and torch has one thread.

@@ -22,7 +22,7 @@ from .errors import DataError
 __all__ = ["PLAN", "Results", "load_results", "save_plan", "save_rows"]
 
 PLAN = "plan.json"
-ROWS, COSTS = "rows.parquet", "costs.csv"
+ROWS, COSTS, RANKS = "rows.parquet", "costs.csv", "ranks.csv"
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Results:
     rows: one for each finished cell, failed ones too: key, task, guide, seed (or split), settings, status, numbers.
     They depend on the suite alone, bit for bit. costs: key, seconds, and where each number came from. plan: what was
     asked for. skipped: task -> why its data are missing. missing: cells that have no row yet. elsewhere: results in the
-    folder that are of another budget, protocol or version.
+    folder that are of another budget, protocol or version. ranks: as they were committed, for rows whose arrays were
+    not.
     """
 
     suite: Suite
@@ -43,6 +44,7 @@ class Results:
     folder: Path | None = None
     elsewhere: int = 0
     skipped: Mapping[str, str] = field(default_factory=dict)
+    ranks: pd.DataFrame | None = None
 
     @property
     def good(self) -> pd.DataFrame:
@@ -105,13 +107,14 @@ def _committed(place: Path, suite: Suite, plan: Any, keys: Sequence[str], skippe
     try:
         rows = pd.read_parquet(place / ROWS)
         costs = pd.read_csv(place / COSTS)
+        ranks = pd.read_csv(place / RANKS) if (place / RANKS).is_file() else None
     except (OSError, ValueError) as error:
         raise DataError(f"the rows of {place} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return Results(suite, rows, costs, plan, len(set(keys) - set(rows["key"])), None, 0, skipped)
+    return Results(suite, rows, costs, plan, len(set(keys) - set(rows["key"])), None, 0, skipped, ranks)
 
 
-def save_rows(results: Results, folder: Path) -> None:
-    """`rows.parquet`, `rows.csv`, `costs.csv` and the plan, each whole."""
+def save_rows(results: Results, folder: Path, ranks: pd.DataFrame) -> None:
+    """`rows.parquet`, `rows.csv`, `costs.csv`, `ranks.csv` and the plan, each whole."""
     files.writable(folder)
     part = partial(results.rows.to_parquet, index=False)
     try:
@@ -120,6 +123,7 @@ def save_rows(results: Results, folder: Path) -> None:
         raise CannotWrite(f"cannot write to {folder}: {error.strerror or error}") from error
     _write(folder / "rows.csv", results.rows.to_csv(index=False, lineterminator="\n"))
     _write(folder / COSTS, results.costs.to_csv(index=False, lineterminator="\n"))
+    _write(folder / RANKS, ranks.to_csv(index=False, lineterminator="\n"))
     if folder != results.folder:
         _write(folder / PLAN, json.dumps(results.plan, indent=1, ensure_ascii=False) + "\n")
 

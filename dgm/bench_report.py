@@ -1,0 +1,217 @@
+"""The report of a suite: tables, pictures, obtained beside published, and where each number came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from .bench_plots import cost_figure, score_figure
+from .bench_registry import Published, check, published
+from .bench_results import PLAN, Results, load_results, save_rows
+from .bench_tables import Table, check_table, failed_table, frame_table, markdown, ranked, tally, task_table
+from .errors import DataError
+from .page import Drawn, environment, shown, write_text
+from .style import COLOURS
+
+__all__ = ["Report", "compose", "make_report", "write_report"]
+
+CORRECTIONS = "CORRECTIONS.md"
+
+
+class Report:
+    """Everything that a report says, as text, tables and pictures.
+
+    Attributes:
+        found: our rows beside the registry's. checks: what the suite says must hold.
+    """
+
+    def __init__(self, results: Results):
+        self.results, suite = results, results.suite
+        self.tasks = [str(t) for t in dict.fromkeys(results.rows["task"])] if len(results.rows) else []
+        self.numbers: list[Published] = published(suite.name)
+        self.found = check(results.rows, suite.name, suite.metrics, self.numbers)
+        self.checks = suite.checks(results) if suite.checks is not None and len(results.good) else pd.DataFrame()
+
+    @property
+    def missed(self) -> pd.DataFrame:
+        """Checks of the suite itself that do not hold."""
+        return self.checks[self.checks["verdict"] != "agree"] if len(self.checks) else self.checks
+
+    def verdicts(self) -> list[dict[str, str]]:
+        """Sentences, the most important first."""
+        results, out = self.results, []
+        if len(self.checks):
+            bad, all_ = len(self.missed), len(self.checks)
+            said = f"{all_ - bad} of {all_} numbers are inside their tolerance of what is known."
+            out.append(_verdict("bad" if bad else "good", said, f"{bad or 'none'} outside"))
+        own = self.found[self.found["counterpart"]]
+        if len(own):
+            counts = {v: int((own["verdict"] == v).sum()) for v in ("beat", "agree", "miss")}
+            said = (
+                f"Against published methods of their own kind our guides beat {counts['beat']} numbers, agree with "
+                f"{counts['agree']} and miss {counts['miss']}."
+            )
+            rests = "two standard errors of both sides; a longer training than theirs is no reproduction"
+            out.append(_verdict("caution" if counts["miss"] else "good", said, rests))
+        lacking, failed = results.missing, len(results.failed)
+        if lacking or failed:
+            done = len(results.rows)
+            said = f"{done} of {done + lacking} cells are finished, {failed} of them failed."
+            out.append(_verdict("caution", said, "the same command again computes what is missing"))
+        return out
+
+    def tables(self) -> list[Table]:
+        """All tables in the order of the report."""
+        results, suite, out = self.results, self.results.suite, list[Table]()
+        if len(results.good):
+            out += [task_table(results, task, self.numbers) for task in self.tasks]
+            for title, frame in (suite.tables(results) if suite.tables is not None else {}).items():
+                out.append(frame_table(title, frame))
+        if len(self.checks):
+            out.append(frame_table("What must hold", self.checks))
+        if self.found["counterpart"].any():
+            out.append(check_table(self.found))
+        if len(self.found):
+            out += [tally(self.found), self._sources()]
+        if len(results.failed) or results.skipped:
+            out.append(failed_table(results))
+        return out
+
+    def _sources(self) -> Table:
+        unique = self.found.drop_duplicates(["method", "source"])
+        rows = [[str(r.method), str(r.tag), str(r.protocol), str(r.source)] for r in unique.itertuples()]
+        return Table("Published: protocols and sources", "", ["method", "tag", "protocol", "source"], rows)
+
+    def figures(self) -> list[Drawn]:
+        """Pictures: the first metric by task, what it costs, and those of the suite."""
+        results, first, out = self.results, self.results.suite.metrics[0], list[Drawn]()
+        if len(results.good) and first.name in results.good:
+            text = f"Means over {results.suite.repeats}s with two standard errors; dotted: published. Arrows: far off."
+            out.append(("scores", first.title, text, score_figure(results, first, self.tasks, self.numbers)))
+            cost = cost_figure(results, first, self.tasks)
+            if cost is not None:
+                out.append(("cost", "What it costs", "Further up is better, further left cheaper.", cost))
+        if results.suite.figures is not None and len(results.good):
+            out += list(results.suite.figures(results))
+        return out
+
+    def notes(self) -> list[str]:
+        """What a reader must know."""
+        results, suite = self.results, self.results.suite
+        out = [str(n) for n in suite.notes(results)] if suite.notes is not None and len(results.good) else []
+        shared = ", which share training rows" if suite.repeats == "split" else ""
+        out += [
+            f"±: standard error over {suite.repeats}s{shared}; differences are paired; tie: first place is open after "
+            "Holm's correction over all pairs at 5 %",
+            "rows are the same, bit for bit, for any number of workers and interruptions; costs are measured and vary",
+        ]
+        out += [f"{m.title}: {m.meaning}" for m in suite.metrics if m.meaning]
+        if results.elsewhere:
+            out.append(
+                f"{results.elsewhere} results of another budget, protocol or version are in the folder, not shown"
+            )
+        return out
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Where the numbers came from; `costs.csv` has it for each of them."""
+        plan, costs = self.results.plan, self.results.costs
+        out = [("command", str(plan.get("about", {}).get("command", ""))), ("budget", str(plan["budget"]))]
+        if plan["filter"]:
+            out.append(("filter", "; ".join(plan["filter"])))
+        out.append(("protocol", f"{self.results.suite.name}, number {plan['protocol']}"))
+        for name in ("commit", "versions", "hardware", "threads", "library"):
+            if name in costs:
+                out.append((name, "; ".join(map(str, dict.fromkeys(costs[name].dropna())))))
+        if "date" in costs and len(costs):
+            out.append(("date", f"{costs['date'].min()} to {costs['date'].max()}"))
+        if "job_cpu_seconds" in costs:
+            out.append(("CPU seconds in all", f"{costs['job_cpu_seconds'].sum():.0f}"))
+        out.append(("cells", f"{len(self.results.rows)}, by the hash of their protocol in rows.csv and costs.csv"))
+        return out
+
+    def title(self) -> str:
+        return f"Benchmark suite {self.results.suite.name}, budget {self.results.plan['budget']}"
+
+    def markdown(self) -> str:
+        parts = [f"## {self.title()}", self.results.suite.summary]
+        parts.append("\n".join(f"* {v['says']} ({v['rests']})" for v in self.verdicts()))
+        parts += [markdown(table) for table in self.tables()]
+        parts.append("\n".join(f"* {note}" for note in self.notes()))
+        parts.append("\n".join(f"* {name}: {f'`{v}`' if name == 'command' else v}" for name, v in self.facts()))
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def html(self) -> str:
+        page = environment().get_template("evaluation.html.j2")
+        tables = [
+            {"title": t.title, "text": t.text, "heads": t.heads, "rows": t.rows, "few": len(t.heads) < 4}
+            for t in self.tables()
+        ]
+        return page.render(
+            title=self.title(), headline=self.results.suite.summary, verdicts=self.verdicts(), tables=tables,
+            figures=shown(self.figures()), notes=self.notes(), colours=len(COLOURS), facts=self.facts(),
+        )  # fmt: skip
+
+
+def _verdict(level: str, says: str, rests: str) -> dict[str, str]:
+    return {"level": level, "says": says, "rests": rests}
+
+
+def make_report(folder: str | os.PathLike[str]) -> Report:
+    """The report of a folder of results.
+
+    Raises:
+        DataError: there are none.
+    """
+    return Report(load_results(folder))
+
+
+def write_report(report: Report, out: str | os.PathLike[str]) -> Path:
+    """Rows (parquet and CSV), costs, ranks and checks (CSV), `report.md` and `report.html`; gives the page's path.
+
+    Raises:
+        OptionError: the folder cannot be written to.
+    """
+    place, results = Path(out), report.results
+    parts = (
+        [ranked(results, task).reset_index().assign(task=task) for task in report.tasks] if len(results.good) else []
+    )
+    names = [
+        "task",
+        "guide",
+        "rank_low",
+        "rank_high",
+        "bound",
+        "bound_se",
+        "difference",
+        "difference_se",
+        "tie",
+        "runs",
+    ]
+    ranks = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names)
+    save_rows(results, place, ranks.reindex(columns=names))
+    write_text(report.found.to_csv(index=False, lineterminator="\n"), place / "checks.csv")
+    write_text(report.markdown(), place / "report.md")
+    return write_text(report.html(), place / "report.html")
+
+
+def compose(folder: str | os.PathLike[str]) -> str:
+    """One page of all committed results: the reports of the folders in it, and its corrections.
+
+    Raises:
+        DataError: it holds no results.
+    """
+    root = Path(folder)
+    places: Sequence[Path] = sorted(p.parent for p in root.glob(f"*/{PLAN}"))
+    if not places:
+        raise DataError(f"{root} holds no folder with results of a suite ({PLAN})")
+    parts = ["# Results of the benchmark suites", "Composed of the committed rows by `dgm bench report --all`."]
+    for place in places:
+        report = make_report(place)
+        parts.append(report.markdown().rstrip())
+        parts.append(f"* rows, costs and pictures: [{place.name}/]({place.name}/)")
+    corrections = root / CORRECTIONS
+    text = corrections.read_text(encoding="utf-8").strip() if corrections.is_file() else "None so far."
+    return "\n\n".join([*parts, "## Corrections", text]) + "\n"
