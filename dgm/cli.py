@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import __version__
+from .cli_bench import bench_app
 from .errors import DGMError, OptionError, TrainingError
 
 HELP = """Train deep generative models and Bayesian neural networks with any guide, and compare guides.
@@ -143,6 +144,9 @@ def compare(
     data_seed: DataSeed = 0,
     compile: Compile = "auto",
     smoke: Annotated[bool, _option("--smoke", help="Smallest size: 2 guides, 1 seed, 2 epochs, 200 samples.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in --out: only runs that are missing or failed are made.")
+    ] = False,
 ) -> None:
     """Which guide for my model? Train several on equal terms and rank them; writes rows, plots and a page."""
 
@@ -162,6 +166,7 @@ def compare(
             out=out,
             smoke=smoke,
             compile=compile,
+            resume=resume,
         )
 
     _go(run)
@@ -339,6 +344,9 @@ def inspect(
         return _work().run_inspect(source, guides=_names(guides), attach=attach)
 
     _go(run)
+
+
+app.add_typer(bench_app(_go, _work), name="bench")
 
 
 class _Lasting:
