@@ -33,9 +33,8 @@ def score_gradients(pair: Pair, batch: Sequence[Any], sizes: Mapping[str, int], 
         return
     sites = [
         name
-        for name, node in reading.guide.nodes.items()
-        if node["type"] == "sample"
-        and not node["is_observed"]
+        for part, name, node, _ in reading.sampled()
+        if part == "guide"
         and node["fn"].support.is_discrete
         and not node["infer"].get("enumerate")
         and not node["infer"].get("baseline")
