@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,9 +99,34 @@ def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         module = make_fx(lambda *args: function(*args))(*inputs)
     except REFUSALS as error:
         raise Untraceable(one_line(error)) from error
+    _failures_as_nan(module)
     module.graph.eliminate_dead_code()  # before it is held against the program: what runs is what was verified
     module.recompile()
     return simplified(module)
+
+
+def _failures_as_nan(module: Any) -> None:
+    """A factorisation that fails gives NaN instead of raising: the step's guard meets it, and one replica's alone.
+
+    What an operation of linear algebra leaves behind where it fails is finite; its info says that it is worth nothing.
+    """
+    graph, aten = module.graph, torch.ops.aten
+    for check in graph.find_nodes(op="call_function", target=aten._linalg_check_errors.default):
+        info = check.args[0]
+        if info.op != "call_function" or info.target is not operator.getitem:
+            continue
+        for out in [node for node in info.args[0].users if node is not info and node.target is operator.getitem]:
+            value = out.meta["val"]
+            if not value.is_floating_point():
+                continue
+            with graph.inserting_before(check):
+                failed = graph.call_function(aten.ne.Scalar, (info, 0))
+                for _ in range(value.dim() - info.meta["val"].dim()):
+                    failed = graph.call_function(aten.unsqueeze.default, (failed, -1))
+                safe = graph.call_function(aten.masked_fill.Scalar, (out, failed, math.nan))
+            safe.meta = dict(out.meta)
+            out.replace_all_uses_with(safe, delete_user_cb=lambda user, safe=safe: user is not safe)
+        graph.erase_node(check)
 
 
 class Graph:

@@ -16,7 +16,7 @@ from .errors import OptionError, TrainingError
 from .noise import NoiseExhausted, replaying
 from .objectives import Objective
 from .pair import Pair
-from .programs import preserved_rng
+from .programs import preserved_buffers, preserved_rng
 from .raised import describe, is_numerical, message
 
 log = logging.getLogger("dgm")
@@ -68,10 +68,9 @@ class Guard:
         if self.policy == "stop":
             raise TrainingError(who + report())
         if len(self.skipped) >= self.skips:
-            listed = f" ({', '.join(map(str, self.skipped))})" if self.skipped else ""
-            raise TrainingError(
-                f"{who}{report()}; {len(self.skipped)} steps were skipped before it{listed}, and skips={self.skips}"
-            )
+            before = f"skipped before it: {len(self.skipped)} of at most {self.skips}"
+            listed = f" (steps {', '.join(map(str, self.skipped))})" if self.skipped else ""
+            raise TrainingError(f"{who}{report()}; {before}{listed}")
         count = f"skipped, {len(self.skipped) + 1} of at most {self.skips}"
         if self.skipped:
             log.warning("%sstep %d: %s; %s", who, step, what, count)
@@ -163,7 +162,12 @@ def _first_bad_site(
 ) -> str:
     """Run the programs again with the noise of the step, and look at each site in turn."""
     last = ""
-    with pair.running(rows=rows), preserved_rng(), torch.enable_grad():
+    with (
+        pair.running(rows=rows),
+        preserved_rng(),
+        preserved_buffers(pair.model, pair.guide),
+        torch.enable_grad(),
+    ):
         try:
             for drawn in _particles(pair, batch, noise):
                 found, last = _look(pair, list(parameters.values()), batch, rows, drawn)

@@ -27,9 +27,10 @@ from .optim import make_optimiser
 from .pace import MODES, Compile, Kind, Pace, cost, steady
 from .pair import NotReparameterised, Pair, batch_rows
 from .programs import Program, preserved_buffers, preserved_rng, program_name
-from .raised import is_numerical, message
+from .raised import is_numerical
 from .rules import Counter
 from .sites import DATA_PLATE, Latents
+from .structure import check_coverage, check_scales
 from .whole import CompilerFailed
 
 log = logging.getLogger("dgm")
@@ -101,10 +102,10 @@ class SVI(pyro.infer.SVI):
     ):
         if compile is not False and compile not in MODES[1:]:
             raise OptionError(f"compile is {compile!r}, expected False, 'trace', 'inductor' or 'auto'")
-        if clip is not None and not clip > 0:
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
             raise OptionError(f"clip is {clip!r}, expected a positive gradient norm or None")
         for plate, size in (sizes or {}).items():
-            if not (isinstance(size, int) and size > 0):
+            if isinstance(size, bool) or not (isinstance(size, int) and size > 0):
                 raise OptionError(f"sizes[{plate!r}] is {size!r}, expected the number of rows of the full data")
         self.guard = Guard(nonfinite, skips)
         self.pair = Pair(model, guide, loss)
@@ -145,6 +146,7 @@ class SVI(pyro.infer.SVI):
             check_observed(self.model, batch, plates)
             latents = self.pair.check(batch, plates)
             self._check_plates(latents)
+            check_scales(self.model, batch, latents, self.sizes)
             check_autoguide_rows(self.pair.owners, latents, self.sizes)
             self.parameters = self.pair.parameters()
             if not self.parameters:
@@ -171,25 +173,25 @@ class SVI(pyro.infer.SVI):
     def _check_reached(self, batch: Sequence[Any], rows: Tensor | None) -> None:
         """Walk the graph of one loss: whatever leaf it reaches must be a parameter that the optimiser knows."""
         with preserved_rng(0), preserved_buffers(self.model, self.guide):
-            before = {name: (id(b), b._version) for name, b in self.pair.owners.named_buffers()}
+            before = {name: buffer.clone() for name, buffer in self.pair.owners.named_buffers()}
             try:
                 loss = self.pair.loss(None, batch, sizes=self.sizes, rows=rows, validate=True)
-                after = dict(self.pair.owners.named_buffers())
-                self._moving = [n for n, b in after.items() if before.get(n) != (id(b), b._version)]
+                self._moving = _moved(before, dict(self.pair.owners.named_buffers()))
             except NotReparameterised:
                 return
             except ValueError as error:
                 if "to satisfy the constraint" not in str(error):
                     raise
                 raise ModelError(_out_of_domain(error)) from error
-        known = {id(p) for p in self.parameters.values()}
-        for leaf in _leaves(loss):
+        known, reached = {id(p) for p in self.parameters.values()}, _leaves(loss)
+        for leaf in reached:
             if id(leaf) not in known:
                 raise ModelError(
                     f"a parameter of shape {tuple(leaf.shape)} takes part in the loss but belongs to neither program, "
                     f"so it would never be trained{_closure_name(leaf, self.model, self.guide)}: make model and guide "
                     'PyroModules that hold it, or register it with pyro.module("name", module) inside the program'
                 )
+        check_coverage(self.parameters, reached, self.guide)
 
     def step(self, *batch: Any, rows: Tensor | None = None, kl_weight: float = 1.0, **kwargs: Any) -> float:
         """One update; returns the loss (the negative ELBO, scaled to the full data) before it, NaN for a skipped step.
@@ -367,7 +369,7 @@ class SVI(pyro.infer.SVI):
     ) -> float:
         """A step that is not finite: raises, or books it as skipped."""
         if cause is not None:
-            what, names = f"the loss cannot be computed ({message(cause)})", []
+            what, names = f"the loss cannot be computed ({type(cause).__name__.lstrip('_')})", []
         else:
             names = bad_gradients(list(self.parameters), gradients)
             what = f"the loss is {float(loss)}" if not torch.isfinite(loss) else "the gradient is not finite"
@@ -399,6 +401,12 @@ class SVI(pyro.infer.SVI):
             self.prepare(*batch, rows=rows)
         with torch.no_grad():
             return float(self.pair.loss(None, batch, sizes=self.sizes, rows=rows))
+
+
+def _moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Names of all buffers of those modules of which a run changed one."""
+    changed = {n.rpartition(".")[0] for n, b in after.items() if n not in before or not torch.equal(b, before[n])}
+    return [name for name in after if name.rpartition(".")[0] in changed]
 
 
 def _graded(parameters: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
