@@ -129,6 +129,11 @@ def _inputs(layer: Layer) -> Tensor:
 
 
 def _jacobian(rows: Tensor, v: Tensor) -> Tensor:
+    if not rows.requires_grad:
+        raise GuideError(
+            "the gradient of each row's log density is needed, and no row depends on the latents: put what is observed "
+            'into the data plate, pyro.plate("data", len(x))'
+        )
     units = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     return torch.autograd.grad(rows, v, units, is_grads_batched=True, retain_graph=True)[0].detach()
 

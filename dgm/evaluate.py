@@ -181,6 +181,7 @@ def _weights(
     model: Program, guide: Program, batch: Sequence[Any], num_samples: int, plates: Iterable[str], graphs: Graphs
 ) -> _Part:
     sampler = LogWeightSampler(model, guide, *batch, plates=plates, graphs=graphs)
+    sampler.require_rows()
     summary, kept, count, groups = LogWeightSummary(), [], 0, _Groups()
     for chunk in sampler.chunks(num_samples):
         summary.update(chunk.local)

@@ -65,6 +65,8 @@ class HeldOut:
                 LogWeightSampler(self.model, self.guide, *chunk, plates=self.plates, graphs=graphs)
                 for chunk in row_chunks(self.batch)
             ]
+            for sampler in self._samplers:
+                sampler.require_rows()
         return self._samplers
 
     def bound(self, seed: int, samples: int | None = None) -> Tensor:

@@ -70,6 +70,9 @@ class ImportanceELBO(Objective):
         if self.estimator == "dreg":
             apart(programs, "dreg")
             return self._doubly(programs)
+        return self._pathwise(programs)
+
+    def _pathwise(self, programs: Programs) -> Tensor:
         terms, factors = _terms(programs, self.num_particles, self.draws, self.name)
         return -_sum(terms, factors, lambda log_w: self._bound(log_w), programs.kl_weight)
 
@@ -88,6 +91,8 @@ class ImportanceELBO(Objective):
             return stochastic(guide)
 
         values = programs.each(count, draw, programs.noise(count, self.draws))
+        if not values:  # nothing is drawn: all particles are one
+            return self._pathwise(programs)
         fixed = _constant(values)
 
         def log_weights(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from .errors import ModelError
 from .sites import Site, require_continuous
 
-__all__ = ["Block", "Packing", "gather", "spread"]
+__all__ = ["Block", "Packing", "gather", "inner_shape", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +73,9 @@ class Packing(nn.Module):
             event = Size(
                 biject_to(site.support).inverse_shape(site.batch_shape + site.event_shape)[len(site.batch_shape) :]
             )
-            rest = list(site.batch_shape)
-            if self.frame is not None:
-                rest[self.frame.dim] = 1
-            while rest and rest[0] == 1:
-                del rest[0]
+            rest = inner_shape(site)
             width = math.prod(rest) * math.prod(event)
-            self.blocks.append(Block(site, start, start + width, event, tuple(rest)))
+            self.blocks.append(Block(site, start, start + width, event, rest))
             start += width
         self.size = start
 
@@ -121,6 +117,20 @@ class Packing(nn.Module):
         parts = [gather(raw[b.site.name], b.rest, b.unconstrained_event) for b in self.blocks]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts)) if parts else Size()
         return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1) if parts else torch.zeros(0)
+
+
+def inner_shape(site: Site) -> tuple[int, ...]:
+    """A site's batch shape with 1 in the data plate's place; leading ones are cut where no plate stands.
+
+    A plate of one row (a single group) is a dimension of the value all the same.
+    """
+    rest = list(site.batch_shape)
+    if site.plate is not None:
+        rest[site.plate_frame.dim] = 1
+    inner = max((-(frame.dim or 0) for frame in site.frames if frame.name != site.plate), default=0)
+    while len(rest) > inner and rest[0] == 1:
+        del rest[0]
+    return tuple(rest)
 
 
 def spread(flat: Tensor, rest: Sequence[int], event: Size) -> Tensor:

@@ -154,11 +154,19 @@ def _context_store() -> Iterator[None]:
     if hasattr(context, "param_state"):
         yield
         return
-    context.param_state = {"params": {}, "constraints": {}}
+    context.param_state = _Empty(params={}, constraints={})
     try:
         yield
     finally:
         del context.param_state
+
+
+class _Empty(dict[str, Any]):
+    """A store's state that stays empty: a module that met it would otherwise keep what a program asked for inside of
+    `poutine.block` (Pyro's autoguides run their model so), and Pyro refuses modules with such a rest."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 @contextlib.contextmanager

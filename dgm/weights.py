@@ -84,6 +84,20 @@ class LogWeightSampler:
         self.rows, self.has_rows = next(iter(sizes.values()), 1), bool(sizes)
         self.runs = Runs(self.pair, lambda data: _run_terms(self.pair, data, self.plates), batch, graphs)
 
+    def require_rows(self) -> None:
+        """Refuse programs without a data plate, where nothing belongs to a row.
+
+        Raises:
+            ModelError: no data plate was opened.
+        """
+        if not self.has_rows:
+            raise ModelError(
+                f"{program_name(self.pair.model)} opens none of the data plates "
+                f"{', '.join(map(repr, sorted(self.plates)))}, and so there is no bound for each row: write "
+                '`with pyro.plate("data", len(x)):` around what is observed, or name its plate (plates=..., in '
+                "training sizes=...)"
+            )
+
     @property
     def is_point(self) -> bool:
         """Whether the guide's local latents are points: they have no density, and there is no bound."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from dgm.errors import GuideError
-from dgm.packing import spread
+from dgm.packing import inner_shape, spread
 from dgm.sites import DATA_PLATE, Site, latents
 
 from .amortized import DataPlate, encoded
@@ -133,12 +133,7 @@ class _Table:
                 "of a Bernoulli, Categorical or OneHotCategorical; write it as one of these, or sum the latent out of "
                 "the model by hand"
             )
-        rest = list(site.batch_shape)
-        if site.plate is not None:
-            rest[site.plate_frame.dim] = 1
-        while rest and rest[0] == 1:
-            del rest[0]
-        self.rest = tuple(rest)
+        self.rest = inner_shape(site)
         self.size = math.prod(self.rest) * math.prod(self.shape)
 
     def density(self, theta: Tensor) -> Any:
