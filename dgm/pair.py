@@ -383,6 +383,15 @@ class Pair:
             plates = {f.name for f in node["cond_indep_stack"]}
             more, less = plates - {f.name for f in site.frames}, {f.name for f in site.frames} - plates
             cure = f"open pyro.plate({sorted(less)[0]!r}, ...) around it" if less else "make the guide for this model"
+            given = node["value"].shape
+            for f in site.frames:  # of the dimensions of its plates, one that counts other rows in the guide
+                place = (f.dim or 0) - site.event_dim
+                if len(given) >= -place and given[place] not in (1, f.size) and f.name not in less:
+                    cure = (
+                        f"it was made for {given[place]} rows of plate {f.name!r} and sees {f.size}: "
+                        "train it on all rows at once, or serve each row by Amortized, with the plate named as one of "
+                        f"data (plates=[{f.name!r}] for the guide, sizes={{{f.name!r}: N}} in training)"
+                    )
             if more:
                 cure = f"sample it outside of the plate {sorted(more)[0]!r}, as the model does"
             raise GuideError(
