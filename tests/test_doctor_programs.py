@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dgm
+import dgm.models
 from dgm.dataflow import chain_of, layer_of, read_pair
+from dgm.doctor import doctor
 from dgm.guides.amortized import Amortized
 from dgm.guides.discrete import Discrete
 from dgm.guides.encoders import mlp
@@ -200,6 +205,25 @@ def test_a_scale_that_all_columns_share_is_held_up_by_the_others() -> None:
     seen = trained(Decoder(6, "shared"), Amortized(Decoder(6, "shared"), x, encoder=mlp(16)), x, steps=20)
     found = only(constant_column.constant_columns(seen.before, seen.after), "constant column", "columns 3, 4, 5")
     assert "3 of 6" in found.consequence
+
+
+def test_a_column_that_varies_in_other_rows_is_quiet() -> None:
+    x = _with_constant(1)
+    seen = untrained(Decoder(6, "each"), Amortized(Decoder(6, "each"), x, encoder=mlp(16)), x)
+    quiet(constant_column.constant_columns(seen.before, seen.after, [torch.cat([x, pixels()])]))
+
+
+def test_a_scale_with_a_floor_is_bounded() -> None:
+    class Floored(Decoder):
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(self.decoder(z), 1e-3 + self.log_scale.exp()).to_event(1), obs=x)
+
+    x = _with_constant(1)
+    seen = untrained(Floored(6, "each"), Amortized(Floored(6, "each"), x, encoder=mlp(16)), x)
+    found = only(constant_column.constant_columns(seen.before, seen.after), "constant column", "column 3")
+    assert found.harm == 2 and "floor" in found.consequence and "floor" not in found.cure
 
 
 def test_columns_that_vary_are_quiet() -> None:
@@ -682,6 +706,16 @@ def test_held_out_rows_in_training_are_counted() -> None:
     quiet(duplicate_rows.duplicate_rows([x], [other]))
 
 
+def test_the_keys_of_rows_are_those_of_their_numbers() -> None:
+    """Counted by 64 bits as by the rows themselves, whatever their order and the chunk that they stand in."""
+    x = torch.randint(0, 3, (9000, 7), generator=seeded()).float()
+    keys = duplicate_rows._keys([x, x[:, :1]])
+    assert len(torch.unique(keys)) == len(torch.unique(x, dim=0))
+    order = torch.randperm(len(x), generator=seeded())
+    assert torch.equal(duplicate_rows._keys([x[order], x[order, :1]]), keys[order])
+    assert torch.equal(duplicate_rows._keys([-0.0 * x]), duplicate_rows._keys([0.0 * x]))
+
+
 # --- 14. priors of scales, gradients of discrete latents -------------------------------------------------------------
 
 
@@ -726,3 +760,64 @@ def test_a_score_function_without_a_baseline_is_found() -> None:
     small, data = example()
     seen = untrained(small, Discrete(small, *data), *data)
     quiet(score_gradient.score_gradients(seen.pair, data, {}, seen.after))
+
+
+# --- through the doctor ----------------------------------------------------------------------------------------------
+
+
+MINE = (
+    centred,
+    constant_column,
+    double_link,
+    duplicate_rows,
+    likelihood_kind,
+    likelihood_scale,
+    noise_outside_sites,
+    plate_scale,
+    prior_predictive,
+    sampled_in_plate,
+    scale_meaning,
+    score_gradient,
+    symmetric_start,
+    unscaled_columns,
+    wide_scale_prior,
+)
+
+
+@pytest.fixture
+def these_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The symptoms of this file, so that the short trainings that others make are not waited for."""
+    monkeypatch.setattr("dgm.doctor.symptoms", lambda: {m.__name__.rpartition(".")[2]: m.look for m in MINE})
+
+
+def _faults() -> Iterator[tuple[Any, tuple[Tensor, ...], dict[str, Any], str]]:
+    x = pixels()
+    yield Decoder(6, "each"), (_with_constant(1),), {"batch_size": 50}, "constant column"
+    yield Decoder(6, 1.0), (x,), {}, "likelihood scale"
+    yield _classifier(nn.Softmax(-1), link="logits", given=dist.Categorical), _labels(), {}, "double softmax"
+    yield Decoder(6, "shared"), (x,), {"guide": Encoder(lambda h: h.exp())}, "log-variance as scale"
+    yield Decoder(6, "shared"), (torch.cat([x, x]),), {"validation": 0.2}, "held-out rows in training"
+    yield _bnn(1000, 1.0), (normals(30, 1000), normals(30)), {}, "prior scale"
+    yield _bnn(3, 1.0), (1e3 * normals(30, 3), normals(30)), {}, "columns not standardised"
+    yield Regression(True), (normals(20), normals(20)), {}, "PyroSample in a plate"
+    yield _observing(dist.Normal), ((normals(60) > 0).float(),), {}, "likelihood of another kind"
+
+
+@pytest.mark.parametrize("most", [2, pytest.param(99, marks=pytest.mark.slow)])
+def test_the_doctor_finds_each_by_its_name(these_alone: None, most: int) -> None:
+    for model, data, options, name in itertools.islice(_faults(), most):
+        diagnosis = doctor(model, *data, steps=40, lr=3e-2, **options)
+        assert name in diagnosis.names, (name, diagnosis)
+        assert not [why for why in diagnosis.skipped.values() if "failed" in why], diagnosis.skipped
+
+
+@pytest.mark.slow
+def test_the_zoo_is_healthy(these_alone: None) -> None:
+    for found in pkgutil.iter_modules(dgm.models.__path__):
+        module = importlib.import_module(f"dgm.models.{found.name}")
+        for name in ("example", "example_classification"):
+            if not hasattr(module, name):
+                continue
+            model, batch = getattr(module, name)()
+            diagnosis = doctor(model, *batch, steps=30, lr=1e-2)
+            assert not diagnosis and not diagnosis.skipped, (found.name, diagnosis)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Laplace, Normal, StudentT
 
-from ..dataflow import Reading, by_row
+from ..dataflow import Reading, by_row, chain_of, leaves_of
+from ..feeding import Mapped, Memory
 from ..findings import Finding
 
 SHARED = 0.2
@@ -20,11 +21,18 @@ LEAST = 10
 
 
 def look(case: Any) -> Iterator[Finding]:
-    yield from constant_columns(case.before, case.after)
+    source = case.source
+    stored = isinstance(source, Memory) and not isinstance(source, Mapped)
+    yield from constant_columns(case.before, case.after, source.all_rows() if stored else ())
 
 
-def constant_columns(before: Reading, after: Reading) -> Iterator[Finding]:
-    """Columns without variance under a learnt scale, with the scale before and after the short training."""
+def constant_columns(before: Reading, after: Reading, whole: Sequence[Any] = ()) -> Iterator[Finding]:
+    """Columns without variance under a learnt scale, with the scale before and after the short training.
+
+    Args:
+        before, after: the pair before and after it, on some rows.
+        whole: arrays of all rows: a column that is constant in some of them may vary in others.
+    """
     earlier = {name: (node, base) for name, node, base, _ in before.observed()}
     for name, node, base, value in after.observed():
         if not isinstance(base, Normal | Laplace | StudentT) or not after.depends_on(base.scale):
@@ -33,6 +41,10 @@ def constant_columns(before: Reading, after: Reading) -> Iterator[Finding]:
         if len(columns) < LEAST:
             continue
         constant = (columns == columns[0]).all(0)
+        for array in whole:
+            if isinstance(array, Tensor) and array.dim() and array[0].numel() == len(constant):
+                flat = array.reshape(len(array), -1)
+                constant = constant & (flat == flat[0]).all(0)
         held = constant.nonzero().flatten().tolist()
         if not held or name not in earlier:
             continue
@@ -45,7 +57,14 @@ def constant_columns(before: Reading, after: Reading) -> Iterator[Finding]:
         listed = ", ".join(map(str, held[:5])) + (", ..." if len(held) > 5 else "")
         which = f"column{'s' * (len(held) > 1)} {listed}"
         moving = " and falling" if now < start else ""
-        if own:
+        floored = chain_of(base.scale).names[:1] in (("Add",), ("Clamp",), ("ClampMin",))
+        cure = f"drop {which}" + ("" if floored else ", or bound the scale from below (floor + exp(log_scale))")
+        if own and floored:
+            consequence = (
+                "the scale goes to its floor and stays there: the bound gains log(1 / floor) nats a datum for each of "
+                "these columns, which says nothing of the model and drowns what does"
+            )
+        elif own:
             consequence = (
                 "the density there has no bound: the scale goes to 0, the bound to infinity, and the gradients of all "
                 "else are drowned"
@@ -58,13 +77,13 @@ def constant_columns(before: Reading, after: Reading) -> Iterator[Finding]:
         yield Finding(
             name="constant column",
             part="data",
-            harm=3 if own else 2,
+            harm=3 if own and not floored else 2,
             evidence=(
                 f"site {name!r}: {which} {verb} constant ({float(columns[0, held[0]]):.3g}), the scale went from "
                 f"{start:.3g} to {now:.3g} in the short training{moving}"
             ),
             consequence=consequence,
-            cure=f"drop {which}, or bound the scale from below (floor + exp(log_scale))",
+            cure=cure,
         )
 
 
@@ -82,6 +101,4 @@ def _own_scale(scale: Tensor, constant: int, other: int) -> bool:
 
 
 def _leaves(tensor: Tensor) -> list[Tensor]:
-    from ..dataflow import leaves_of
-
     return list({id(leaf): leaf for leaf in leaves_of(tensor.grad_fn)}.values())
