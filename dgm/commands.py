@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import registry
+from .cell_store import SHARED
 from .checks import check_observed
 from .compare import compare
 from .data import check_batch_size
@@ -29,6 +31,7 @@ from .datasets import names
 from .entries import guides_of
 from .errors import OptionError
 from .files import Dataset
+from .lock import locked
 from .optim import adam
 from .pace import Compile
 from .programs import owner, preserved_rng, program_name
@@ -190,21 +193,37 @@ def task(
 
 
 @contextmanager
-def results_folder(out: Path | None, name: str, mark: str) -> Iterator[Path]:
-    """A folder that can be written to, made before anything is trained; removed where nothing was written.
+def results_folder(
+    out: Path | None, name: str, mark: str, begun: str | None = None, resume: bool = False
+) -> Iterator[Path]:
+    """A folder that can be written to, made before anything is trained and held until the end; removed if left empty.
+
+    Args:
+        mark: a file that finished results have. begun: one that unfinished results have.
+        resume: go on with what is there.
 
     Raises:
-        OptionError: it cannot be written to, or holds results already.
+        OptionError: it cannot be written to, is in use, holds results already, or nothing that could be gone on with.
     """
+    if resume and out is None:
+        raise OptionError("--resume goes on with the results in a folder: give it by --out")
     folder = out if out is not None else Path("dgm-runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     while out is None and folder.exists():  # two runs in one second
         folder = folder.with_name(folder.name + "-2")
-    if (folder / mark).exists():
-        raise OptionError(f"{folder} holds results already ({mark}): give another folder by --out, or remove it")
     existed = folder.exists()
     writable(folder)
     try:
-        yield folder
+        with locked(folder):
+            unfinished = begun is not None and (folder / begun).exists()
+            if resume and not unfinished:
+                raise OptionError(f"{folder} holds nothing to go on with (no {begun}): leave --resume out")
+            if not resume and unfinished and not (folder / mark).exists():
+                raise OptionError(f"{folder} was cut short: go on with it by --resume, or give another folder by --out")
+            if not resume and (folder / mark).exists():
+                raise OptionError(
+                    f"{folder} holds results already ({mark}): give another folder by --out, or remove it"
+                )
+            yield folder
     finally:
         if not existed and not any(folder.iterdir()):
             folder.rmdir()
@@ -269,6 +288,7 @@ def run_compare(
     out: Path | None,
     smoke: bool,
     compile: str = "auto",
+    resume: bool = False,
 ) -> int:
     """Train and evaluate several guides, print the ranked table, write rows, plots and page; returns the exit code."""
     small, how = SMOKE if smoke else {}, compile_of(compile)
@@ -277,7 +297,7 @@ def run_compare(
     seeds, samples = seeds or small.get("seeds", 3), samples or small.get("samples", 1000)
     runs = len(chosen) * seeds
     jobs = min(jobs or small.get("jobs") or joblib.cpu_count(), runs)
-    with results_folder(out, job.name, "rows.parquet") as folder:
+    with results_folder(out, job.name, "rows.parquet", SHARED, resume) as folder:
         data = job.data
         print(
             f"{program_name(_program(job))} on {data.name}: {len(data.train[0])} train, {len(data.test[0])} test rows; "
@@ -297,6 +317,7 @@ def run_compare(
             num_samples=samples,
             jobs=jobs,
             progress=True,
+            folder=folder,
             compile=how,
         )
         result.meta["compile"] = compile
@@ -305,6 +326,7 @@ def run_compare(
     print(f"rows: {folder / 'rows.parquet'}    page: {page}")
     if result.meta.get("interrupted"):
         print(f"interrupted: {len(result.rows)} of {runs} runs were finished, and are written", file=sys.stderr)
+        print(f"to go on: the same command with --resume --out {shlex.quote(str(folder))}", file=sys.stderr)
         return INTERRUPTED
     return OK if (result.rows["status"] == "ok").all() else SOME_FAILED
 

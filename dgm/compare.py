@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .cells import BATCH_SIZE, Cell, Settings, run_cells, search
+from .bench_executors import WorkerDied
+from .cell_runs import SEARCH, Item, Runs, died, run_items, tell
+from .cell_store import open_store, tidy
+from .cells import BATCH_SIZE, Cell, Settings
 from .data import as_tensors, split
 from .files import Dataset
+from .lock import locked
 from .optim import adam
 from .preflight import check_model, check_options, checked_seeds
 from .programs import preserved_rng, program_name
@@ -89,6 +92,7 @@ def compare(
     jobs: int = 1,
     title: str | None = None,
     progress: bool = False,
+    folder: str | os.PathLike[str] | None = None,
     **fit_options: Any,
 ) -> Comparison:
     """Train and evaluate several guides on the same model, data, seeds and number of model density evaluations.
@@ -111,14 +115,16 @@ def compare(
         jobs: worker processes, one thread each.
         title: of the page; made of model and data unless told.
         progress: print a line when a run is done.
+        folder: where each run is written when it is finished. The same call with the same folder makes only those that
+            are missing or failed; the others are read, with the numbers that they had.
         fit_options: go to `dgm.fit`.
 
     Returns:
-        a `Comparison`; a guide that failed is a row whose status is the error.
+        a `Comparison`; a guide that failed is a row whose status is the error, also where its process was lost.
 
     Raises:
         DataError, ModelError, OptionError: bad data, model or options, or no guide that can be made, before anything is
-            trained.
+            trained; or the folder holds another comparison, or is in use.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal, AutoDelta
@@ -149,31 +155,49 @@ def compare(
         adam(rate)  # refuses a bad step size now
     chosen = checked_seeds(seeds)
     supervised = check_model(make, guides, chosen[0], train, held_out, settings)
-    parts = _parts(chosen, -(-jobs // len(guides)))
-    work = [(name, guide, part) for part in parts for name, guide in guides.items()]
     rates: dict[str, tuple[float, int]] = {name: (lr, 0) for name in guides}
-    started, cells, interrupted = time.perf_counter(), [], False
+    started, cells, interrupted, kept = time.perf_counter(), dict[tuple[str, int | str], Cell](), False, 0
     about = provenance()  # of the start: the files may change while this runs
-    try:
-        if settings.search:
-            tasks = [joblib.delayed(search)(make, guide, chosen[0], train, settings) for guide in guides.values()]
-            rates = dict(zip(guides, _run(tasks, jobs), strict=True))
-        tasks = [
-            joblib.delayed(run_cells)(make, name, guide, part, train, held_out, info, settings, rates[name])
-            for name, guide, part in work
+    with nullcontext() if folder is None else locked(folder):
+        store = None if folder is None else open_store(Path(folder), settings, train, held_out)
+        runs = Runs(make, train, held_out, info, settings, store)
+        keys = runs.keys(guides, chosen)
+        for name_seed, key in keys.items():
+            if name_seed[1] != SEARCH and (found := runs.found(key)) is not None:
+                cells[name_seed] = found
+        kept = len(cells)
+        parts = _parts(chosen, -(-jobs // len(guides)))
+        work = [
+            Item(name, guide, tuple(part), tuple(keys.get((name, seed), "") for seed in part))
+            for part in parts
+            for name, guide in guides.items()
+            if any((name, seed) not in cells for seed in part)
         ]
-        for several in _run(tasks, jobs):
-            for cell in several:
-                cells.append(cell)
-                if progress:
-                    _tell(cell, len(cells), len(chosen) * len(guides))
-    except KeyboardInterrupt:
-        interrupted = True
-        if not cells:
-            raise
+        try:
+            if settings.search:
+                names = dict.fromkeys(item.name for item in work)
+                wanted = [Item(name, guides[name], chosen[:1], (keys.get((name, SEARCH), ""),)) for name in names]
+                for item, rate in run_items(wanted, runs.rates, jobs, store):
+                    rates[item.name] = (lr, 0) if isinstance(rate, WorkerDied) else rate
+            work = [replace(item, rate=rates[item.name]) for item in work]
+            for item, cell in run_items(work, runs.cells, jobs, store):
+                for one in died(item, cell) if isinstance(cell, WorkerDied) else [cell]:
+                    cells.setdefault((item.name, int(one.row["seed"])), one)
+                    if progress:
+                        tell(one, len(cells), len(chosen) * len(guides))
+        except KeyboardInterrupt:
+            interrupted = True
+            if not cells:
+                raise
+        finally:
+            if store is not None:
+                tidy(store)
     meta = _meta(make, info, train, held_out, chosen, settings, supervised, title, jobs, about)
     meta.update(interrupted=interrupted, elapsed_seconds=time.perf_counter() - started)
-    return _collect(cells, list(guides), meta, num_samples)
+    if kept:
+        meta["protocol"].append(f"{kept} of {len(cells)} runs were finished by an earlier call with this folder")
+    ordered = [cells[n, seed] for part in parts for n in guides for seed in part if (n, seed) in cells]
+    return _collect(ordered, list(guides), meta, num_samples)
 
 
 def _parts(seeds: Sequence[int], parts: int) -> list[list[int]]:
@@ -201,31 +225,6 @@ def _data(data: Any, test: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...],
     else:
         held_out = as_tensors(test)
     return train, held_out, None, {"name": "data", "y_std": 1.0, "image_shape": None, "note": "", "source": ""}
-
-
-def _run(tasks: list[Any], jobs: int) -> Iterator[Any]:
-    if jobs == 1:
-        for function, args, kwargs in tasks:
-            yield function(*args, **kwargs)
-        return
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        whole = [joblib.delayed(_whole)(function, *args, **kwargs) for function, args, kwargs in tasks]
-        yield from joblib.Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator")(whole)
-
-
-def _whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A worker cannot hand cells over one by one."""
-    result = function(*args, **kwargs)
-    return list(result) if isinstance(result, Iterator) else result
-
-
-def _tell(cell: Cell, done: int, total: int) -> None:
-    row = cell.row
-    what = row["status"]
-    if what == "ok":
-        score = f"{row['bound']:.3f} nats" if math.isfinite(row["bound"]) else "no bound"
-        what = f"{score} in {row['seconds']:.0f} s"
-    print(f"[{done}/{total}] {row['guide']}, seed {row['seed']}: {what}", flush=True)
 
 
 def _collect(cells: Sequence[Cell], guides: Sequence[str], meta: dict[str, Any], num_samples: int) -> Comparison:
