@@ -316,12 +316,13 @@ class _Group:
             if first.plan.unit == "step":
                 for scheduler in self.schedulers:
                     scheduler.step()
-            if asked or (self.kept is not None and self.kept.due(engine.steps)):
+            stop = asked.signal
+            if stop or (self.kept is not None and self.kept.due(engine.steps)):
                 self._spend(start, cpu, weights)
                 start, cpu = time.perf_counter(), time.process_time()
                 self._save(engine, told)
-                if asked:
-                    raise Stop(asked.signal)
+                if stop:
+                    raise Stop(stop)
         self._spend(start, cpu, weights)
 
     def _spend(self, start: float, cpu: float, weights: Sequence[float]) -> None:

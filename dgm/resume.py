@@ -101,6 +101,7 @@ def group_state(engine: Replicas, runs: Sequence[Run], sources: Sequence[Memory]
         "schedules": [scheduler.state_dict() for scheduler in schedulers],
         "sources": [source.state() for source in sources],
         "random": random_streams(),
+        "fixed": [_fixed(svi) for svi in engine.svis],
         "runs": [{**progress(run), "svi_steps": run.svi.steps, "weight": run.at.weight} for run in runs],
     }
 
@@ -128,6 +129,9 @@ def load_group_state(
             for mine, saved in zip(slots, kept, strict=True):
                 mine.copy_(saved)
         engine.alive.copy_(state["alive"])
+        for svi, kept in zip(engine.svis, state["fixed"], strict=True):
+            for name, value in _fixed(svi).items():
+                value.copy_(kept[name])
     engine.steps = state["engine_steps"]
     for generator, streams in zip(engine.generators, state["generators"], strict=True):
         generator.set_state(streams)
@@ -142,6 +146,12 @@ def load_group_state(
     for run, saved in zip(runs, state["runs"], strict=True):
         load_progress(run, saved)
         run.svi.steps, run.at.weight = saved["svi_steps"], saved["weight"]
+
+
+def _fixed(svi: SVI) -> dict[str, Tensor]:
+    """What of a pair is not trained: buffers and frozen parameters."""
+    trained = {value.data_ptr() for value in svi.parameters.values()}
+    return {name: value for name, value in weights(svi).items() if value.data_ptr() not in trained}
 
 
 def _plain_group(group: Mapping[str, Any]) -> State:
@@ -252,10 +262,8 @@ def fingerprint(
 
 def rows_digest(data: Sequence[Any]) -> str:
     """A fingerprint of arrays: shapes, and at most a thousand rows; a file larger than memory is not read."""
-    shapes = [tuple(t.shape) for t in data]
-    seen = [t[spaced((torch.empty(len(t), 0),), 1000)[1]] if isinstance(t, MappedArray) else None for t in data]
-    rows = [spaced((t,), 1000)[0][0] if found is None else found for t, found in zip(data, seen, strict=True)]
-    return digest([*shapes, *rows])
+    shapes = [tuple((t.array if isinstance(t, MappedArray) else t).shape) for t in data]
+    return digest([*shapes, *(t[spaced((torch.empty(len(t), 0),), 1000)[1].to(t.device)] for t in data)])
 
 
 def words(value: Any) -> Any:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoints
-from .checks import check_all_rows, check_observed
+from .checks import EachBatch, check_all_rows, check_observed
 from .errors import DGMError, GuideError, OptionError, TrainingError
 from .feeding import Batch, Loaded, Memory, Transform
 from .heldout import HeldOut
+from .limits import check_limits
 from .optim import adam
 from .pace import Compile
 from .pair import batch_rows
@@ -29,6 +30,7 @@ from .schedules import KLSchedule
 from .signals import Asked, deferred
 from .sites import DATA_PLATE
 from .stopping import NoisyPlateau
+from .structure import check_last_batch, check_modes
 from .svi import SVI
 
 Batches = Iterator[tuple[Batch, Tensor | None]]
@@ -203,6 +205,7 @@ class Options:
     compile: Compile = "auto"
 
     def __post_init__(self) -> None:
+        check_limits(self)
         self.plan(self.seed, self.kl_weight)
         if self.patience is not None and self.validation is None:
             raise OptionError("patience needs held-out data: give validation=0.1, or arrays")
@@ -232,6 +235,11 @@ class Options:
         """A training that is ready to go, its data checked against the model."""
         full = dict(self.sizes) if self.sizes is not None else source.sizes(model)
         plates = {DATA_PLATE, *full}
+        if check:
+            check_modes(model, guide)
+        if check and isinstance(source, Loaded):
+            check_last_batch(source.rows, source.batch_size, source.loader.drop_last, model, guide)
+            source.each = EachBatch(model, plates)
         if check and isinstance(source, Memory):
             tensors = source.all_rows()
             check_all_rows(model, tensors, plates, whole=source.whole, transform=self.transform)
@@ -408,12 +416,13 @@ class Run:
                 if self.scheduler is not None and self.plan.unit == "step":
                     self.scheduler.step()
                 bar.update()
-                if checkpoints is not None and (asked or checkpoints.due(self.svi.steps)):
+                stop = asked.signal
+                if checkpoints is not None and (stop or checkpoints.due(self.svi.steps)):
                     self.seconds = before[0] + time.perf_counter() - start
                     self.cpu_seconds = before[1] + time.process_time() - cpu
                     self.save(checkpoints)
-                if asked:
-                    raise Stop(asked.signal)
+                if stop:
+                    raise Stop(stop)
                 if self.svi.steps >= total:
                     break
         self.seconds = before[0] + time.perf_counter() - start
@@ -485,7 +494,8 @@ class Run:
         if self.held_out is None:
             raise OptionError("no held-out rows to validate on")
         per_datum = self.held_out.bound(seed=self.plan.seed)
-        value, error = float(per_datum.mean()), float(per_datum.std() / math.sqrt(len(per_datum)))
+        count = len(per_datum)  # of one row no standard error is known
+        value, error = float(per_datum.mean()), float(per_datum.std() / math.sqrt(count)) if count > 1 else math.nan
         self.rows[-1].update(valid_elbo=value, valid_se=error)
         return value, error, per_datum
 
