@@ -279,6 +279,27 @@ def test_logits_once_are_quiet(layers: list[nn.Module], link: str) -> None:
     quiet(double_link.double_links(untrained(model, AutoNormal(model), *_labels()).after))
 
 
+@pytest.mark.parametrize("last", [nn.Softmax(-1), nn.LogSoftmax(-1)])
+def test_probabilities_of_a_frozen_network_are_known_by_their_numbers(last: nn.Module) -> None:
+    model = _classifier(last, link="logits", given=dist.Categorical)
+    with torch.no_grad():
+        for p in model.network.parameters():
+            p.mul_(8)
+    model.network.requires_grad_(False)
+    x, y = _labels()
+
+    def frozen(x: Tensor, y: Tensor) -> None:
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=model.network(x)), obs=y)
+
+    findings = double_link.double_links(untrained(frozen, AutoNormal(frozen), x, y).after)
+    if isinstance(last, nn.Softmax):
+        only(findings, "double softmax", "'y'", "reach both ends")
+    else:
+        quiet(findings)
+
+
 def test_a_clamped_output_is_found_and_a_clamped_sigmoid_is_not() -> None:
     class Clamp(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -553,7 +574,7 @@ def test_overdispersed_counts_are_found() -> None:
         torch.manual_seed(0)
         wide = torch.poisson(rate.sample((300,)))
     poisson = lambda loc, scale: dist.Poisson(loc.exp() * scale)  # noqa: E731
-    found = only(_kinds(wide, poisson), "likelihood of another kind", "Pearson dispersion of 300 counts")
+    found = only(_kinds(wide, poisson), "overdispersed counts", "Pearson dispersion of 300 counts")
     told = float(found.evidence.split("under Poisson is ")[1].split(",")[0])
     exact = float(wide.var() / wide.mean())  # of one rate for all rows
     assert told == pytest.approx(exact, rel=0.02)
@@ -580,7 +601,7 @@ def test_heavy_tails_are_found() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         heavy = torch.distributions.StudentT(1.5).sample((400,))
-    found = only(_kinds(heavy, dist.Normal), "likelihood of another kind", "excess kurtosis")
+    found = only(_kinds(heavy, dist.Normal), "heavy tails", "excess kurtosis")
     assert "StudentT" in found.cure
     quiet(_kinds(heavy, lambda loc, scale: dist.StudentT(2.0, loc, scale)))
     quiet(_kinds(normals(400), dist.Normal))
@@ -799,6 +820,7 @@ def _faults() -> Iterator[tuple[Any, tuple[Tensor, ...], dict[str, Any], str]]:
     yield Decoder(6, "shared"), (torch.cat([x, x]),), {"validation": 0.2}, "held-out rows in training"
     yield _bnn(1000, 1.0), (normals(30, 1000), normals(30)), {}, "prior scale"
     yield _bnn(3, 1.0), (1e3 * normals(30, 3), normals(30)), {}, "columns not standardised"
+    yield Decoder(6, 1e-3), (x,), {}, "likelihood scale"
     yield Regression(True), (normals(20), normals(20)), {}, "PyroSample in a plate"
     yield _observing(dist.Normal), ((normals(60) > 0).float(),), {}, "likelihood of another kind"
 

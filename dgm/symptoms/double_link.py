@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from ..dataflow import Chain, Reading, chain_from, chain_of, layer_of
 from ..findings import Finding
 
 LINKS = {"Softmax": "softmax", "Sigmoid": "sigmoid", "LogSigmoid": "logsigmoid"}
+EDGE = 0.05
+"""How near 0 and 1 numbers come that are probabilities, and the share of them that must, at either end."""
+LEAST = 50
+"""Numbers below which nothing is said of their range."""
+ROUNDING = 1e-5
 CLAMPED = 0.01
 """Share of probabilities at the clamp's edge, where they have no gradient, from which it is told."""
 
@@ -26,7 +33,9 @@ def double_links(reading: Reading) -> Iterator[Finding]:
         if (part, name) in seen:
             continue
         seen.add((part, name))
-        if "logits" in given and "probs" not in given:
+        if "logits" in given and "probs" not in given and not given["logits"].requires_grad:
+            yield from _by_numbers(part, name, type(base).__name__, given["logits"])
+        elif "logits" in given and "probs" not in given:
             yield from _logits(part, name, type(base).__name__, _unnormalised(chain_of(given["logits"])))
         elif "probs" in given and "logits" not in given:
             yield from _probs(part, name, type(base).__name__, _unnormalised(chain_of(given["probs"])))
@@ -59,6 +68,27 @@ def _logits(part: str, name: str, kind: str, chain: Chain) -> Iterator[Finding]:
         evidence=f"site {name!r}: the logits of {kind} are the output of a {LINKS[link]}: {values}",
         consequence=f"the probabilities are {softened}, whatever the network says, and the gradients are small",
         cure=f"leave the {LINKS[link]} out, or hand its output in as probs=" + ".exp()" * (link == "LogSigmoid"),
+    )
+
+
+def _by_numbers(part: str, name: str, kind: str, logits: Tensor) -> Iterator[Finding]:
+    """Of logits without a graph (a frozen network): they are in [0, 1], and reach both ends, as probabilities do."""
+    if logits.numel() < LEAST:
+        return
+    values = logits
+    if kind != "Bernoulli":  # the constructor took a constant from each row, so that only differences are left
+        values = logits - logits.mean(-1, keepdim=True) + 1 / logits.shape[-1]
+    low, high = float(values.min()), float(values.max())
+    ends = [float((values < EDGE).float().mean()), float((values > 1 - EDGE).float().mean())]
+    if low < -ROUNDING or high > 1 + ROUNDING or min(ends) < EDGE:
+        return
+    yield Finding(
+        name="double sigmoid" if kind == "Bernoulli" else "double softmax",
+        part=part,
+        harm=3,
+        evidence=f"site {name!r}: all logits of {kind} lie in [{low:.3g}, {high:.3g}], and reach both ends",
+        consequence="they look like probabilities: what comes out is nearly the same for every row",
+        cure="hand them in as probs=, or leave the last softmax or sigmoid out",
     )
 
 

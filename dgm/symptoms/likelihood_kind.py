@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, Poisson
 
-from ..dataflow import Reading, by_row
+from ..case import NotSeen
+from ..dataflow import Reading, by_row, read_pair
 from ..findings import Finding
+from ..pair import chunk_of
 
 LEAST = 50
 """Values below which the kind of the data is not told from them."""
@@ -28,8 +30,27 @@ TAIL_ROWS = 200
 """Rows that a kurtosis needs."""
 
 
+KIND = "likelihood of another kind"
+
+
 def look(case: Any) -> Iterator[Finding]:
-    yield from likelihood_kinds(case.after)
+    found = list(likelihood_kinds(case.after))
+    yield from (f for f in found if f.name == KIND)
+    if any(f.name != KIND for f in found):  # told by residuals, which a longer training may explain
+        reading = levelled(case)
+        yield from (f for f in likelihood_kinds(reading) if f.name != KIND) if reading is not None else ()
+
+
+def levelled(case: Any) -> Reading | None:
+    """The pair once its bound has levelled off, on the same rows; None where it does not."""
+    try:
+        pair, _ = case.levelled
+    except NotSeen:
+        return None
+    if pair is case.pair:
+        return case.after
+    with chunk_of(case.source.rows, case.places):
+        return read_pair(pair, case.rows, case.seed, case.sizes)
 
 
 def likelihood_kinds(reading: Reading) -> Iterator[Finding]:
@@ -44,9 +65,9 @@ def likelihood_kinds(reading: Reading) -> Iterator[Finding]:
             yield from _overdispersed(name, base, value.detach())
 
 
-def _finding(evidence: str, consequence: str, cure: str) -> Finding:
+def _finding(evidence: str, consequence: str, cure: str, name: str = KIND) -> Finding:
     return Finding(
-        name="likelihood of another kind",
+        name=name,
         part="model",
         harm=2,
         evidence=evidence,
@@ -103,6 +124,7 @@ def _overdispersed(name: str, base: Any, value: Tensor) -> Iterator[Finding]:
         f"site {name!r}: the Pearson dispersion of {len(y)} counts under Poisson is {dispersion:.3g}, where 1 is right",
         f"intervals are {dispersion**0.5:.1f} times too short, and the posterior is too sure",
         "NegativeBinomial, or a latent for each row in the log rate",
+        "overdispersed counts",
     )
 
 
@@ -124,4 +146,5 @@ def _heavy_tails(name: str, node: Any, base: Any, value: Tensor) -> Iterator[Fin
         f"{100 * beyond:.2g} % of them lie beyond 5 sd",
         "few rows rule the fit, and the scale stands for neither the many nor the few",
         "StudentT, or look at these rows first",
+        "heavy tails",
     )

@@ -9,6 +9,7 @@ from torch.distributions import Laplace, Normal, StudentT
 
 from ..dataflow import Reading
 from ..findings import Finding
+from .likelihood_kind import levelled
 
 WIDE = 3.0
 """Declared scale over residual sd. A short training leaves too much residual, not too little, so that the ratio is a
@@ -20,7 +21,11 @@ LEAST = 20
 
 
 def look(case: Any) -> Iterator[Finding]:
-    yield from fixed_scales(case.after)
+    found = list(fixed_scales(case.after))
+    yield from (f for f in found if f.size < 1)
+    if any(f.size > 1 for f in found):  # a longer training may explain the residuals
+        reading = levelled(case)
+        yield from (f for f in fixed_scales(reading) if f.size > 1) if reading is not None else ()
 
 
 def fixed_scales(reading: Reading) -> Iterator[Finding]:
@@ -55,5 +60,6 @@ def fixed_scales(reading: Reading) -> Iterator[Finding]:
                 "the short training"
             ),
             consequence=consequence,
+            size=relative,
             cure=f"learn the scale (a parameter log_scale, or a latent), or set it to about {residual:.2g}",
         )
