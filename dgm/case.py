@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +14,27 @@ from torch import Tensor
 from .course import Course, run_course
 from .data import array_names
 from .dataflow import Reading
+from .errors import DataError, GuideError, ModelError
 from .feeding import Loaded, Memory
-from .pair import Pair
+from .heldout import spaced
+from .latent_diagnostics import LatentDiagnostics, latent_diagnostics
+from .pair import Pair, chunk_of
 from .programs import owner
 from .sites import DATA_PLATE, Latents
 
 __all__ = ["Case", "NotSeen", "copied"]
+
+
+ROWS = 500
+"""Rows of which activity, k-hat and bounds are told, evenly spaced."""
+STILL = 0.1
+"""`Course.late` from which a bound counts as still rising."""
+LONGER = 3
+"""Times the steps of the training that is made where the first one was too short to judge."""
+
+
+TRACED = 600
+"""Steps from which a graph of a step pays for its trace."""
 
 
 class NotSeen(Exception):
@@ -56,6 +73,7 @@ class Case:
     held: dict[str, Any] = field(default_factory=dict)
     trials: dict[Any, tuple[Pair, Course]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    diagnostics: dict[Pair, LatentDiagnostics] = field(default_factory=dict)
 
     def _get(self, name: str) -> Any:
         if name not in self.held:
@@ -112,6 +130,51 @@ class Case:
         """`rows` by the names that messages call the arrays."""
         return dict(zip(array_names(len(self.rows)), self.rows, strict=True))
 
+    @property
+    def levelled(self) -> tuple[Pair, Course]:
+        """The pair once its bound has levelled off: after the short training, or one of three times its steps.
+
+        Raises:
+            NotSeen: it is still rising then, so that nothing is to be said of where it will end.
+        """
+        if self.course.late < STILL:
+            return self.pair, self.course
+        pair, course = self.longer
+        if not course.late < STILL:
+            raise NotSeen(
+                f"the bound still rises after {course.steps} steps ({100 * course.late:.0f} % of its gain in the last "
+                "quarter): give more steps, or a larger lr"
+            )
+        return pair, course
+
+    @property
+    def longer(self) -> tuple[Pair, Course]:
+        """A training from the same start of three times the steps."""
+        return self.trial(steps=LONGER * self.steps)
+
+    def units(self, pair: Pair) -> LatentDiagnostics:
+        """Activity and KL of the local latents of a pair, on at most 500 rows.
+
+        Raises:
+            NotSeen: it has none, or they are not the only ones.
+        """
+        if pair not in self.diagnostics:
+            rows, places = spaced(self.rows, ROWS) if not self.whole else (self.rows, self.places)
+            try:
+                with chunk_of(self.source.rows, self.places[places] if not self.whole else places):
+                    found = latent_diagnostics(
+                        pair.model, pair.guide, *rows, num_samples=16, max_rows=0, seed=self.seed, plates=self.plates
+                    )
+            except (ModelError, GuideError, DataError) as error:
+                raise NotSeen(str(error)) from error
+            self.diagnostics[pair] = found
+        return self.diagnostics[pair]
+
+    @property
+    def whole(self) -> bool:
+        """Whether each step takes all rows."""
+        return isinstance(self.source, Memory) and self.source.whole
+
     def trial(self, *, lr: float | None = None, warmup: float = 0.0, steps: int | None = None) -> tuple[Pair, Course]:
         """Another short training from the same start, with the same data order: what a cure would give.
 
@@ -125,20 +188,34 @@ class Case:
             self._get("course")
             length = warmup * steps
             pair = copied(self.first, self.loss)
-            course = run_course(
-                pair.model,
-                pair.guide,
-                self.renew() if self.renew is not None else self.source,
-                steps=steps,
-                lr=lr,
-                loss=self.loss,
-                sizes=self.sizes,
-                seed=self.seed,
-                kl_weight=lambda step: min(1.0, (step + 1) / length) if length else 1.0,
-                probe=False,
-            )
+            with quietly():
+                course = run_course(
+                    pair.model,
+                    pair.guide,
+                    self.renew() if self.renew is not None else self.source,
+                    steps=steps,
+                    lr=lr,
+                    loss=self.loss,
+                    sizes=self.sizes,
+                    seed=self.seed,
+                    kl_weight=lambda step: min(1.0, (step + 1) / length) if length else 1.0,
+                    probe=False,
+                    compile="trace" if steps >= TRACED else False,
+                )
             self.trials[key] = (pair, course)
         return self.trials[key]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without the lines that a training logs: nobody asked for this one."""
+    log = logging.getLogger("dgm")
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def copied(pair: Pair, loss: Any = None) -> Pair:

@@ -18,18 +18,21 @@ from .dataflow import base_of
 from .errors import TrainingError
 from .feeding import Loaded, Memory
 from .optim import adam
-from .pair import NotReparameterised, batch_rows
+from .pace import Compile
+from .pair import NotReparameterised, Pair, batch_rows
 from .programs import evaluating, preserved_buffers, preserved_rng
 from .sites import DATA_PLATE
 from .svi import SVI
 from .terms import LIKELIHOOD, POSTERIOR, PRIOR, factors_of, sample_sites_of, terms_of
 
-__all__ = ["Course", "run_course"]
+__all__ = ["Course", "run_course", "signal_to_noise"]
 
 WATCHES = 20
 """How often the terms of the bound are looked at; each look costs `DRAWS` runs without gradients."""
 DRAWS = 8
 """Draws of a look, with the same noise each time, so that a curve shows the training and not the draws."""
+NOTHING = 0.005
+"""Nats a datum that are no progress in a quarter of the steps."""
 NOISE = 16
 """Draws of the gradient on one batch: the squared signal-to-noise ratio is then known to about 1/16."""
 
@@ -72,13 +75,17 @@ class Course:
 
     @property
     def late(self) -> float:
-        """Share of the gain that came in the last quarter: 1/4 of a straight line, near 0 once it has levelled off."""
+        """Share of the gain after the first quarter that came in the last one.
+
+        A straight line has 1/3, an exponential approach 0.13 after three of its times and 0.03 after seven; 0 where the
+        last quarter brought less than `NOTHING`. The first quarter is left out: there the outputs find their places.
+        """
         bound = self.curve["bound"].to_numpy()
         if len(bound) < 8 or not np.isfinite(bound).all():
             return math.nan
         quarter = len(bound) // 4
-        gain = bound[-1] - bound[0]
-        return float((bound[-1] - bound[-1 - quarter]) / gain) if abs(gain) > 1e-9 else 0.0
+        last = float(bound[-1] - bound[-1 - quarter])
+        return last / max(float(bound[-1] - bound[quarter]), NOTHING) if abs(last) > NOTHING else 0.0
 
 
 class _Instruments:
@@ -87,13 +94,7 @@ class _Instruments:
     def __init__(self, svi: SVI, batch: Sequence[Any], rows: Tensor, count: int, seed: int):
         self.svi, self.batch, self.rows, self.count, self.seed = svi, tuple(batch), rows, count, seed
         self.names, self.tensors = list(svi.parameters), list(svi.parameters.values())
-        own = {id(p) for p in getattr(svi.pair.owners, "guide", svi.pair.owners).parameters()}
-        own |= {id(p) for p in _remembered(getattr(svi.pair.owners, "guide", None))}
-        shared = {id(p) for p in svi.pair.owners.get_submodule("model").parameters()}
-        self.parts = [
-            "guide" if id(p) in own and (id(p) not in shared or self.names[i].startswith("guide")) else "model"
-            for i, p in enumerate(self.tensors)
-        ]
+        self.parts = parts_of(svi.pair)
         self.first = [p.detach().clone() for p in self.tensors]
         self.last = [p.clone() for p in self.first]
         self.path = np.zeros(len(self.tensors))
@@ -119,7 +120,13 @@ class _Instruments:
         pair, plates = self.svi.pair, {DATA_PLATE: None, **self.svi.sizes}
         totals = np.zeros(3)
         by_row: Any = 0.0
-        with self._quiet(), evaluating(pair.model, pair.guide):
+        programs = (pair.model, pair.guide)
+        with (
+            preserved_rng(self.seed),
+            preserved_buffers(*programs),
+            evaluating(*programs),
+            pair.running(rows=self.rows),
+        ):
             for _ in range(DRAWS):
                 guide = poutine.trace(pair.run_guide).get_trace(*self.batch)
                 model = poutine.trace(poutine.replay(pair.run_model, trace=guide)).get_trace(*self.batch)
@@ -140,52 +147,6 @@ class _Instruments:
             now = p.detach()
             self.path[i] += _rms(now - self.last[i])
             self.last[i].copy_(now)
-
-    def _quiet(self) -> Any:
-        import contextlib
-
-        stack = contextlib.ExitStack()
-        stack.enter_context(preserved_rng(self.seed))
-        stack.enter_context(preserved_buffers(self.svi.pair.model, self.svi.pair.guide))
-        stack.enter_context(self.svi.pair.running(rows=self.rows))
-        return stack
-
-    def noise(self) -> pd.DataFrame:
-        """Signal-to-noise ratio of each part's gradient over the draws on one batch.
-
-        snr = |E g| / sqrt(tr Cov g), the squared mean without the share that so few draws lend to it.
-        """
-        sums = [torch.zeros_like(p, dtype=torch.float64) for p in self.tensors]
-        squares = np.zeros(len(self.tensors))
-        with preserved_rng(self.seed), preserved_buffers(self.svi.pair.model, self.svi.pair.guide):
-            for _ in range(NOISE):
-                for i, g in enumerate(self._gradient()):
-                    if g is not None:
-                        sums[i] += g.double()
-                        squares[i] += float(g.double().square().sum())
-        rows = []
-        for part in ("guide", "model"):
-            mine = [i for i, p in enumerate(self.parts) if p == part]
-            if not mine:
-                continue
-            mean = sum(float((sums[i] / NOISE).square().sum()) for i in mine)
-            variance = max(sum(squares[i] for i in mine) / NOISE - mean, 0.0) * NOISE / (NOISE - 1)
-            signal = max(mean - variance / NOISE, 0.0)
-            snr = math.sqrt(signal / variance) if variance > 0 else (math.inf if signal > 0 else math.nan)
-            rows.append({"part": part, "snr": snr, "norm": math.sqrt(mean)})
-        return pd.DataFrame(rows, columns=["part", "snr", "norm"])
-
-    def _gradient(self) -> Sequence[Tensor | None]:
-        svi = self.svi
-        try:
-            loss = svi.pair.loss(None, self.batch, sizes=svi.sizes, rows=self.rows)
-        except NotReparameterised:
-            svi.pair.loss_and_grads(self.batch, svi.sizes, 1.0, self.rows)
-            found = [None if p.grad is None else p.grad.detach().clone() for p in self.tensors]
-            for p in self.tensors:
-                p.grad = None
-            return found
-        return torch.autograd.grad(loss, self.tensors, allow_unused=True)
 
     def table(self, steps: int) -> pd.DataFrame:
         """What became of each parameter."""
@@ -214,13 +175,14 @@ def run_course(
     seed: int = 0,
     kl_weight: Callable[[int], float] = lambda step: 1.0,
     probe: bool = True,
+    compile: Compile = False,
 ) -> Course:
     """Train a pair in place for some steps of Adam, and write down what happens.
 
     Args:
         model, guide: the pair; its parameters are trained. source: where the batches come from.
         kl_weight: weight of the latents' terms, by step from 0.
-        probe: measure the gradients' signal-to-noise ratio as well.
+        probe: measure the gradients' signal-to-noise ratio as well. compile: see `SVI`; norms are of eager steps alone.
 
     Raises:
         DGMError: what `SVI.prepare` refuses. A value that is not finite ends the training and stands in `error`.
@@ -228,7 +190,7 @@ def run_course(
     start = time.perf_counter()
     batch = source.first()
     rows = torch.arange(len(batch[0]), device=batch[0].device)
-    svi = SVI(model, guide, adam(lr), loss, sizes=sizes, compile=False)
+    svi = SVI(model, guide, adam(lr), loss, sizes=sizes, compile=compile)
     with preserved_rng(seed), batch_rows(rows):
         svi.prepare(*batch, rows=rows)
     course, seen = Course(lr), _Instruments(svi, batch, rows, source.rows, seed)
@@ -236,7 +198,7 @@ def run_course(
         raise TrainingError("no optimiser")
     svi.optimiser.register_step_pre_hook(seen.before_update)
     if probe:
-        course.gradients["start"] = seen.noise()
+        course.gradients["start"] = signal_to_noise(svi.pair, batch, rows, svi.sizes, seed=seed)
     looks = set(np.linspace(0, steps, WATCHES + 1).round().astype(int).tolist())
     losses: list[float] = []
     with preserved_rng(seed):
@@ -249,13 +211,79 @@ def run_course(
         except TrainingError as error:
             course.error = str(error)
     if probe and not course.error:
-        course.gradients["end"] = seen.noise()
+        course.gradients["end"] = signal_to_noise(svi.pair, batch, rows, svi.sizes, seed=seed)
     course.steps, course.losses = len(losses), np.array(losses)
     course.norms = pd.DataFrame(seen.norms, columns=["guide", "model"])
     course.curve, course.scales = pd.DataFrame(seen.curve), pd.DataFrame(seen.scales)
     course.parameters, course.rows = seen.table(course.steps), seen.row_bounds
     course.seconds = time.perf_counter() - start
     return course
+
+
+def parts_of(pair: Pair) -> list[str]:
+    """For each parameter of a pair whether it is the "guide"'s alone, or the "model"'s."""
+    homes = dict(pair.owners.named_children())
+    held = {
+        name: {id(p) for p in (*home.parameters(), *home.__dict__.get("pyro_modules", {}).values())}
+        for name, home in homes.items()
+    }
+    alone = held.get("guide", set()) - held["model"]
+    return ["guide" if id(p) in alone else "model" for p in pair.parameters().values()]
+
+
+def signal_to_noise(
+    pair: Pair,
+    batch: Sequence[Any],
+    rows: Tensor | None = None,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    draws: int = NOISE,
+    seed: int = 0,
+) -> pd.DataFrame:
+    r"""Signal-to-noise ratio of the gradient of one step by its draws, for the guide's and the model's parameters.
+
+    .. math:: \mathrm{snr} = |E g| / \sqrt{\mathrm{tr\,Cov}\, g}
+
+    the squared mean without the share that so few draws lend to it (Rainforth et al., "Tighter variational bounds are
+    not necessarily better", 2018, where it is that of single parameters).
+
+    Returns:
+        one row for each part: part, snr, norm (of the mean).
+    """
+    tensors, parts = list(pair.parameters().values()), parts_of(pair)
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in tensors]
+    squares = np.zeros(len(tensors))
+    with preserved_rng(seed), preserved_buffers(pair.model, pair.guide):
+        for _ in range(draws):
+            for i, g in enumerate(_gradient(pair, tensors, batch, rows, dict(sizes or {}))):
+                if g is not None:
+                    sums[i] += g.double()
+                    squares[i] += float(g.double().square().sum())
+    found = []
+    for part in ("guide", "model"):
+        mine = [i for i, p in enumerate(parts) if p == part]
+        if not mine:
+            continue
+        mean = sum(float((sums[i] / draws).square().sum()) for i in mine)
+        variance = max(sum(squares[i] for i in mine) / draws - mean, 0.0) * draws / (draws - 1)
+        signal = max(mean - variance / draws, 0.0)
+        snr = math.sqrt(signal / variance) if variance > 0 else (math.inf if signal > 0 else math.nan)
+        found.append({"part": part, "snr": snr, "norm": math.sqrt(mean)})
+    return pd.DataFrame(found, columns=["part", "snr", "norm"])
+
+
+def _gradient(
+    pair: Pair, tensors: Sequence[Tensor], batch: Sequence[Any], rows: Tensor | None, sizes: Mapping[str, int]
+) -> Sequence[Tensor | None]:
+    try:
+        loss = pair.loss(None, batch, sizes=sizes, rows=rows)
+    except NotReparameterised:
+        pair.loss_and_grads(batch, sizes, 1.0, rows)
+        found = [None if p.grad is None else p.grad.detach().clone() for p in tensors]
+        for p in tensors:
+            p.grad = None
+        return found
+    return torch.autograd.grad(loss, list(tensors), allow_unused=True)
 
 
 def _batches(source: Memory | Loaded, steps: int) -> Iterator[tuple[Any, Tensor | None]]:
@@ -277,10 +305,6 @@ def _scales(model: Any, guide: Any) -> Iterator[dict[str, Any]]:
             values = scale.detach().double()
             low, middle, high = (float(f(values)) for f in (torch.min, torch.median, torch.max))
             yield {"part": part, "site": name, "low": low, "middle": middle, "high": high}
-
-
-def _remembered(home: Any) -> list[Tensor]:
-    return list(home.__dict__.get("pyro_modules", {}).values()) if home is not None else []
 
 
 def _rms(t: Tensor) -> float:
