@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .data import check_inside, check_support, kind_of, plain_support, transformed
 from .errors import DataError, GuideError, ModelError
 from .heldout import ROWS
-from .hints import Lines, misplaced, unwritten
+from .hints import Lines, misplaced
 from .mapped import MappedArray
 from .noise import recording
 from .pair import Pair
@@ -23,21 +23,24 @@ from .sites import Latents, read, trace_once
 from .structure import check_plate_rows, warn_of_draws
 
 
-def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str]) -> Latents:
+def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str], rows: int | None = None) -> Latents:
     """Hold every observed value against its distribution: shape, support, and that there is one at all.
+
+    rows: what the data plate must count, if that is known.
 
     Raises:
         DataError: an observed value has another shape than its distribution, or lies outside the support.
         ModelError: nothing is observed, a site's entries stand in no plate, or the model writes to its data.
     """
     lines, name = Lines(), program_name(model)
-    with unwritten(name, batch, ModelError):
-        trace = trace_once(model, *batch, lines=lines)
+    trace = trace_once(model, *batch, lines=lines)
     found = read(trace, plates)
     if not found.observed:
         raise ModelError(
             f"{name} observes nothing: give the data to a site (obs=x), or its guide would learn the prior"
         )
+    if rows is not None:
+        check_plate_rows(model, found, rows)
     for site, node in found.observed.items():
         if not _is_factor(node["fn"]):
             check_support(node["value"], node["fn"], site)
@@ -67,10 +70,9 @@ def check_all_rows(
     for start in range(0, count, size):
         chunk = tuple(item[start : start + size] for item in data)  # of a memory-mapped array, this is all that is read
         seen = chunk if transform is None else transformed(chunk, transform)
-        latents = check_observed(model, seen, plates)
+        latents = check_observed(model, seen, plates, len(seen[0]))
         if found is None:
             found = latents
-            check_plate_rows(model, found, len(seen[0]))
             warn_of_draws(model, seen)
     if found is None:
         raise DataError("the data has no rows")
@@ -90,8 +92,7 @@ class EachBatch:
     def __call__(self, batch: Sequence[Tensor]) -> None:
         """Raises: DataError, ModelError: see `check_observed`."""
         if self.direct is None:
-            found = check_observed(self.model, batch, self.plates)
-            check_plate_rows(self.model, found, len(batch[0]))
+            found = check_observed(self.model, batch, self.plates, len(batch[0]))
             warn_of_draws(self.model, batch)
             self.direct = [
                 (site, kind_of(node["fn"]), support, place)

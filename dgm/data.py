@@ -76,8 +76,8 @@ def _check_order(arrays: Sequence[Any], labels: Sequence[str]) -> None:
         if len(index) == len(other) and not index.equals(other) and index.is_unique and other.isin(index).all():
             row = next(i for i, (a, b) in enumerate(zip(index, other, strict=True)) if a != b)
             raise DataError(
-                f"{first} and {name} hold the same rows in another order: row {row} has the index {other[row]!r} in "
-                f"{first} and {index[row]!r} in {name}; align them by {name}.loc[{first}.index], or, if the order "
+                f"{first} and {name} hold the same rows in another order: row {row} has the index {other[row]} in "
+                f"{first} and {index[row]} in {name}; align them by {name}.loc[{first}.index], or, if the order "
                 "is right, give both .reset_index(drop=True)"
             )
 
@@ -123,7 +123,7 @@ def _tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device | st
     if raw.dim() == 0:
         raise DataError(f"{name} is a single number; expected one row for each data point")
     if raw.numel() == 0:
-        raise DataError(f"{name} is empty: its shape is {tuple(raw.shape)}")
+        raise DataError(f"{name} is empty: its shape is {tuple(raw.shape)}; give one row or more, and one column")
     label = raw.dim() == 1 and not raw.is_floating_point()
     result = raw.to(device=device, dtype=torch.int64 if label else dtype)
     if not label and not torch.isfinite(result).all():

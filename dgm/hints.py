@@ -24,6 +24,10 @@ from .programs import Program, owner
 _ROOTS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (pyro.__file__, torch.__file__, __file__))
 
 
+COPIED = 2**22
+"""Numbers of an argument that are copied while a program runs for the first time, in case it writes to them."""
+
+
 class Lines(Messenger):
     """Remembers by which line of which file each site was sampled: `at` gives "model.py:12" by the site's name."""
 
@@ -41,14 +45,15 @@ class Lines(Messenger):
 
 @contextlib.contextmanager
 def unwritten(name: str, batch: Sequence[Any], refusal: type[DGMError]) -> Iterator[None]:
-    """Refuse a program that writes to the data it is given, and give them back as they were."""
+    """Refuse a program that writes to the data it is given, and give them back as they were, up to `COPIED` numbers."""
     tensors = [(n, t) for n, t in zip(array_names(len(batch)), batch, strict=False) if isinstance(t, Tensor)]
-    held = [(n, t, t._version, t.clone()) for n, t in tensors if not t.is_inference()]
+    held = [(n, t, t._version, t.clone() if t.numel() <= COPIED else None) for n, t in tensors if not t.is_inference()]
     yield
     for label, tensor, version, before in held:
         if tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(before)
+            if before is not None:
+                with torch.no_grad():
+                    tensor.copy_(before)
             raise refusal(
                 f"{name} writes to its argument {label} (x -= 1, x[0] = ..., x.clamp_()), so that every step would see "
                 f"other data than the one before: make a new tensor, such as {label} = {label} - 1"
@@ -108,7 +113,7 @@ def hint(error: Exception, program: Program, batch: Sequence[Any]) -> str:
     if not found and re.search(r"dtype|scalar type|expected .*(Float|Double|Half|Long)", text):
         found = _types(module, names)
     if not found and re.search(
-        r"shapes? cannot be multiplied|size mismatch|expected input|must match|to have \d+", text
+        r"shapes? cannot be multiplied|size mismatch|input to conv|must match|to have \d+", text
     ):
         found = _layers(module, names)
     if not found:

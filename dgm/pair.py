@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .errors import DGMError, GuideError, ModelError, OptionError, did_you_mean
@@ -113,6 +114,35 @@ class Minibatch(Messenger):
             msg["scale"] = msg["scale"] * self.kl_weight
 
 
+class OwnRows(Messenger):
+    """A model's plate keeps the rows that the model gives it (`subsample=rows`).
+
+    In a replay Pyro would exchange them for those of the guide's plate, which counts the batch from 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None:
+            self.given[msg["name"]] = msg["value"]
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.given:  # the innermost handler has the last word
+            msg["value"] = self.given[msg["name"]]
+
+
+def own_rows(model: Program) -> Program:
+    """The model with `OwnRows` around it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with OwnRows():
+            return model(*args, **kwargs)
+
+    return run
+
+
 class NotReparameterised(Exception):
     """A site of the guide has no pathwise gradient: the score-function estimator of Pyro is needed."""
 
@@ -178,7 +208,7 @@ class Pair:
                 )
         self.model, model_home = with_home(model)
         self.guide, guide_home = with_home(guide)
-        self.run_model = bound(self.model, model_home, guide_home)
+        self.run_model = own_rows(bound(self.model, model_home, guide_home))
         self.run_guide = bound(self.guide, guide_home, model_home)
         loss = checked_loss(loss) if loss is not None else _proposed(self.guide)
         self.loss_fn: Any = copy.copy(loss) if loss is not None else Trace_ELBO()

@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 
 from .errors import DGMError, ModelError, did_you_mean
-from .hints import Lines, failure
+from .hints import Lines, failure, unwritten
 from .programs import (
     Program,
     StartValues,
@@ -164,7 +164,8 @@ def trace_once(
     # A draw from a wide prior may overflow where the posterior never goes: the structure is read without validation.
     with isolated(validate=False), preserved_rng(seed), preserved_buffers(model), torch.no_grad(), StartValues(values):
         try:
-            with lines if lines is not None else contextlib.nullcontext():
+            held = lines if lines is not None else contextlib.nullcontext()
+            with unwritten(program_name(model), batch, ModelError), held:
                 return poutine.trace(bound(program, home)).get_trace(*batch)
         except DGMError:
             raise
