@@ -493,6 +493,22 @@ def test_targets_out_of_the_priors_reach_are_found() -> None:
     only(prior_predictive.prior_predictive(seen.pair, seen.data, seen.after), "prior scale", "'y'")
 
 
+def test_cauchy_tails_are_no_wide_prior() -> None:
+    def horseshoe(x: Tensor, y: Tensor) -> None:
+        tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+        each = pyro.sample("each", dist.HalfCauchy(torch.ones(5)).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.zeros(5), tau * each).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ b, 0.3), obs=y)
+
+    x = normals(100, 5)
+    data = (x, x[:, 0])
+    seen = untrained(horseshoe, AutoNormal(horseshoe), *data)
+    quiet(prior_predictive.prior_predictive(seen.pair, data, seen.after))
+    means = prior_predictive._prior_means(seen.pair, data)["y"]
+    assert float(means.square().mean().sqrt()) > prior_predictive.WIDE  # what a plain sd would say
+
+
 def test_weights_far_outside_of_their_prior_are_found() -> None:
     def model(x: Tensor, y: Tensor, prior: float) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), prior).to_event(1))

@@ -70,8 +70,9 @@ def constant_columns(before: Reading, after: Reading, whole: Sequence[Any] = ())
                 "else are drowned"
             )
         else:
+            pulls = "pull" if len(held) > 1 else "pulls"
             consequence = (
-                f"{len(held)} of {len(constant)} columns pull the scale that all share below the noise of the others"
+                f"{len(held)} of {len(constant)} columns {pulls} the scale that all share below the noise of the others"
             )
         verb = "are" if len(held) > 1 else "is"
         yield Finding(

@@ -43,9 +43,14 @@ def prior_predictive(pair: Pair, batch: Sequence[Any], reading: Reading) -> Iter
     for name, _, base, value in reading.observed():
         if name not in draws or not (set(reading.depends_on(_location(base))) & set(weights)):
             continue
-        spread = float((draws[name] - draws[name].mean(0)).square().mean().sqrt())
+        spread = _spread(draws[name])
         fan_in = max((w[0].numel() for w in weights.values() if w.dim() > 1), default=1)
-        told = f"1/sqrt(inputs of a unit), here up to {fan_in}: dgm.models.bnn.fan_in_prior() does it"
+        cure = "a narrower prior of the weights, or standardised inputs"
+        if fan_in > 1:
+            cure = (
+                f"a prior of the weights with sd 1/sqrt(inputs of a unit), here up to {fan_in}: "
+                "dgm.models.bnn.fan_in_prior() does it"
+            )
         if isinstance(base, Bernoulli | Categorical):
             if spread > SATURATED:
                 yield Finding(
@@ -54,7 +59,7 @@ def prior_predictive(pair: Pair, batch: Sequence[Any], reading: Reading) -> Iter
                     harm=2,
                     evidence=f"site {name!r}: the logits have an sd of {spread:.3g} under the prior",
                     consequence="before any data the model is certain of every label, and training starts saturated",
-                    cure=f"a prior of the weights with sd {told}",
+                    cure=cure,
                 )
             continue
         sd = float(value.detach().float().std())
@@ -75,7 +80,7 @@ def prior_predictive(pair: Pair, batch: Sequence[Any], reading: Reading) -> Iter
                 if wide
                 else "the data lie far outside of what the prior can produce: it wins, and the fit is flat"
             ),
-            cure=f"a prior of the weights with sd {told}" if wide else "standardise the targets, or widen the prior",
+            cure=cure if wide else "standardise the targets, or widen the prior",
         )
 
 
@@ -99,6 +104,12 @@ def outside_of_prior(reading: Reading) -> Iterator[Finding]:
             consequence="the data and the prior contradict each other: predictions shrink, and the KL term is large",
             cure=f"a wider prior for {name!r}, or data in units in which this one is sensible",
         )
+
+
+def _spread(draws: Tensor) -> float:
+    """The sd of a normal with the middle two thirds of these: a prior with Cauchy tails is not judged by them."""
+    away = (draws - draws.median(0).values).abs().flatten()
+    return float(away[torch.linspace(0, len(away) - 1, min(len(away), 100_000)).long()].quantile(0.683))
 
 
 def _weights(reading: Reading) -> dict[str, Tensor]:
