@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no suite {words[0]!r}\n\n{listing()}", file=sys.stderr)
         return 2
     suite = importlib.import_module(f"dgm.benchmarks.{name}")
+    if not hasattr(suite, "main"):  # a suite of the runner
+        from dgm.cli import app
+
+        return int(app(["bench", "run", name, *words[1:]], standalone_mode=False) or 0)
     if inspect.signature(suite.main).parameters:
         suite.main(words[1:])
         return 0

@@ -80,9 +80,8 @@ def _limits(values: pd.Series, published: Sequence[float], metric: Metric) -> tu
     return float(min([*near, *inside])), float(max([*near, *inside]))
 
 
-@styled
 def cost_figure(results: Results, metric: Metric, tasks: Sequence[str]) -> Figure | None:
-    """What a guide costs against how far it is from the best, means over the tasks that all guides have."""
+    """What a guide costs against its mean place, over the tasks that all guides have; None where nothing is to see."""
     if not len(results.costs) or "job_cpu_seconds" not in results.costs:
         return None
     rows = results.good.merge(results.costs[["key", "job_cpu_seconds"]], on="key")
@@ -93,9 +92,14 @@ def cost_figure(results: Results, metric: Metric, tasks: Sequence[str]) -> Figur
         return None
     places = means.rank(ascending=metric.better != "higher").mean(axis=1)
     cost = rows.groupby("guide")["job_cpu_seconds"].mean().reindex(means.index)
+    return _cost(cost, places, f"mean place in {metric.title}, {means.shape[1]} tasks")
+
+
+@styled
+def _cost(cost: pd.Series, places: pd.Series, label: str) -> Figure:
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.subplots()
-    for place, guide in enumerate(means.index):
+    for place, guide in enumerate(cost.index):
         colour = COLOURS[place % len(COLOURS)]
         axes.plot(cost[guide], places[guide], "o", color=colour, markersize=5)
         axes.annotate(
@@ -106,5 +110,5 @@ def cost_figure(results: Results, metric: Metric, tasks: Sequence[str]) -> Figur
         axes.set_xscale("log")
     axes.invert_yaxis()
     axes.set_xlabel("CPU seconds of a cell")
-    axes.set_ylabel(f"mean place in {metric.title}, {means.shape[1]} tasks")
+    axes.set_ylabel(label)
     return figure

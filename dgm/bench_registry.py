@@ -125,7 +125,7 @@ def means_of(rows: pd.DataFrame, metrics: Iterable[str]) -> pd.DataFrame:
         for name in metrics:
             if name not in part:
                 continue
-            values = pd.to_numeric(part[name], errors="coerce").astype(float).dropna()
+            values: Any = pd.to_numeric(part[name], errors="coerce").astype(float).dropna()
             if len(values):
                 found.append((task, guide, name, float(values.mean()), float(values.sem()), len(values)))
     return pd.DataFrame(found, columns=columns)
@@ -153,6 +153,7 @@ def check(
     ours = means_of(rows, [metric.name for metric in metrics])
     numbers = list(published(suite) if known is None else known)
     found = []
+    row: Any
     for row in ours.itertuples():
         for one in numbers:
             if (one.task, one.metric) != (row.task, row.metric):

@@ -65,7 +65,7 @@ def ranked(results: Results, task: str) -> pd.DataFrame:
         {"guide": part["guide"].astype(str), "seed": part[suite.repeats], "status": part["status"]}
     ).assign(bound=sign * values)
     scores = {
-        str(guide): sign * _scores(results, own["key"], values[own.index])
+        str(guide): sign * _scores(results, list(own["key"]), values[own.index])
         for guide, own in good.groupby("guide", sort=False)
     }
     if len({s.shape[1] for s in scores.values()}) > 1:  # data of some guides only: repeats alone are paired
@@ -144,7 +144,7 @@ def _costs(results: Results, part: pd.DataFrame, order: Sequence[str]) -> list[s
     if not len(costs) or "job_cpu_seconds" not in costs:
         return None
     own = part[["key", "guide"]].merge(costs[["key", "job_cpu_seconds"]], on="key")
-    mean = own.groupby("guide")["job_cpu_seconds"].mean().reindex(order)
+    mean = own.groupby("guide")["job_cpu_seconds"].mean().reindex(list(order))
     return ["–" if pd.isna(v) else limit(v) if v < 10 else f"{v:.0f}" for v in mean]
 
 
@@ -166,7 +166,8 @@ def _published_rows(numbers: Sequence[Published], shown: Sequence[Metric], heads
 
 def check_table(found: pd.DataFrame) -> Table:
     """Obtained beside published, where a guide has a published counterpart."""
-    rows = []
+    rows: list[list[str]] = []
+    row: Any
     for row in found[found["counterpart"]].itertuples():
         digits = max(2, digits_of(pd.Series([row.obtained_se])))
         error = "" if np.isnan(row.obtained_se) else f" ± {row.obtained_se:.{digits}f}"

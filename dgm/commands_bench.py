@@ -70,8 +70,8 @@ def _tell(report: Report) -> None:
         print(f"{verdict['says']} ({verdict['rests']})")
     for row in report.missed.to_dict("records"):
         print("outside: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
-    for _, row in report.results.failed.head(20).iterrows():
-        print(f"failed: {row['task']}, {row['guide']}: {row['status']}")
+    for _, lost in report.results.failed.head(20).iterrows():
+        print(f"failed: {lost['task']}, {lost['guide']}: {lost['status']}")
 
 
 @contextmanager
