@@ -22,6 +22,7 @@ from .lock import locked
 from .pace import Compile
 from .posthoc import notes_of
 from .programs import program_name
+from .recipe import checked_recipe
 from .resolve import DATA_ENDINGS, is_file
 from .store_run import RECIPE, Run, load_run, save_run
 
@@ -207,13 +208,10 @@ def _restored(
             trained on.
     """
     run = load_run(folder)
-    try:
-        spec = run.spec
-        source = Source(**spec["source"])
-        trained, attach, seed, rows = str(spec["guide"]), spec["attach"], spec["seed"], spec["rows"]
-        kept = {"encoder": spec["encoder"], "options": spec["options"]}
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{folder / RECIPE} is damaged: {type(error).__name__}: {error}") from error
+    spec = checked_recipe(run.spec, folder / RECIPE)
+    source = Source(**spec["source"])
+    trained, attach, seed, rows = spec["guide"], spec["attach"], spec["seed"], spec["rows"]
+    kept = {"encoder": spec["encoder"], "options": spec["options"]}
     for role, was, given in (("model", source.model, model), ("guide", trained, guide)):
         if is_file(was) and given is None:
             raise OptionError(

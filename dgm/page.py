@@ -56,6 +56,7 @@ def write_text(page: str, path: str | os.PathLike[str]) -> Path:
     part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)  # a link of this name would be followed
         part.write_text(page, encoding="utf-8", errors="replace")
         os.replace(part, target)
     except OSError as error:

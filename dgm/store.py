@@ -28,8 +28,9 @@ def writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise OptionError(f"cannot write to {folder}: {error.strerror or error}; give another folder") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        told = getattr(error, "strerror", None) or error
+        raise OptionError(f"cannot write to {folder}: {told}; give another folder") from error
     return folder
 
 
@@ -37,6 +38,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """Write to a temporary file beside the target, sync it, and rename it into place."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.unlink(missing_ok=True)  # a link of this name would be followed
         write(part)
         with part.open("rb+") as handle:
             os.fsync(handle.fileno())
@@ -57,9 +59,9 @@ def save_comparison(result: Comparison, folder: Path) -> Path:
     write_whole(folder / "rows.csv", lambda p: result.rows.to_csv(p, index=False))
     write_whole(folder / "history.parquet", lambda p: result.history.to_parquet(p, index=False))
     text = format_table(result.table, result.meta, result.rows)
-    write_whole(folder / "table.txt", lambda p: p.write_text(text + "\n", encoding="utf-8"))
+    write_whole(folder / "table.txt", lambda p: p.write_text(text + "\n", encoding="utf-8", errors="backslashreplace"))
     meta = json.dumps(result.meta, indent=1, default=str, ensure_ascii=False)
-    write_whole(folder / "meta.json", lambda p: p.write_text(meta + "\n", encoding="utf-8"))
+    write_whole(folder / "meta.json", lambda p: p.write_text(meta + "\n", encoding="utf-8", errors="backslashreplace"))
     for name, figure in _figures(result).items():
         write_whole(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150, facecolor="white"))
     return result.report(folder / "report.html")

@@ -115,7 +115,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         number, spec, about = int(content["format"]), dict(content["spec"]), dict(content["about"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if number > FORMAT:
         raise DataError(
