@@ -23,6 +23,7 @@ from .data import (
     several,
     split,
     split_rows,
+    transformed,
 )
 from .errors import DataError, OptionError
 from .mapped import MappedArray
@@ -93,7 +94,7 @@ class Memory:
     def first(self) -> Batch:
         rows = slice(self.batch_size) if self.own is None else self.own[: self.batch_size]
         batch = tuple(t[rows] for t in self.tensors)
-        return batch if self.transform is None else self.transform(batch, torch.Generator(self.device).manual_seed(0))
+        return batch if self.transform is None else transformed(batch, self.transform)
 
     def position(self) -> State:
         """Where the data order stands: taken before an epoch, it gives that epoch again."""
@@ -193,6 +194,7 @@ class Loaded:
 
     def __init__(self, loader: DataLoader[Any], device: Any, dtype: Any):
         self.loader, self.device, self.dtype = loader, device, dtype
+        self.each: Callable[[Batch], None] | None = None  # a check of every batch
         self.rows = len(loader.dataset)  # type: ignore[arg-type]
         self.steps = len(loader)
         self.batch_size = loader.batch_size or self.rows
@@ -237,7 +239,10 @@ class Loaded:
         for item in left:
             # converted and checked where the loader left it: a check on the device would wait for the step before
             batch = as_tensors(tuple(item) if isinstance(item, (list, tuple)) else item, dtype=self.dtype)
-            yield tuple(moved(t, self.device) for t in batch), None
+            moved_batch = tuple(moved(t, self.device) for t in batch)
+            if self.each is not None:
+                self.each(moved_batch)
+            yield moved_batch, None
 
     def first(self) -> Batch:
         """One batch, to look at."""
