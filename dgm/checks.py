@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
 from .data import check_inside, check_support, kind_of, plain_support, transformed
-from .errors import DataError, GuideError, ModelError
+from .errors import DataError, DGMError, GuideError, ModelError
 from .heldout import ROWS
 from .hints import Lines, misplaced
 from .mapped import MappedArray
@@ -57,10 +57,12 @@ def check_all_rows(
     *,
     whole: bool = False,
     transform: Any = None,
+    name: str = "",
 ) -> Latents:
     """`check_observed` for every row of the data, in chunks of rows; `whole` for a model that takes all rows at once.
 
     The first chunk also shows whether the data plate counts the rows, and (in the log) draws outside of sample sites.
+    `name` is what messages call the data, where there are others.
 
     Raises:
         DataError, ModelError: see `check_observed`; ModelError also where the data plate counts something else.
@@ -70,7 +72,10 @@ def check_all_rows(
     for start in range(0, count, size):
         chunk = tuple(item[start : start + size] for item in data)  # of a memory-mapped array, this is all that is read
         seen = chunk if transform is None else transformed(chunk, transform)
-        latents = check_observed(model, seen, plates, len(seen[0]))
+        try:
+            latents = check_observed(model, seen, plates, len(seen[0]))
+        except DGMError as error:
+            raise type(error)(f"{name}: {error}" if name else str(error)) from error.__cause__
         if found is None:
             found = latents
             warn_of_draws(model, seen)

@@ -37,6 +37,7 @@ State = dict[str, Tensor]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+HELD_OUT = ("x of validation", "y of validation")
 ALONE = 2**20
 """Numbers of a batch that one thread takes in less than a millisecond."""
 PATIENCE = 2.0
@@ -337,7 +338,9 @@ def _sources(
             raise OptionError("batch_size and transform belong to arrays: the DataLoader has its own")
         if isinstance(validation, float):
             raise OptionError("a DataLoader cannot be split: give the held-out arrays as validation")
-        held_out = as_tensors(validation, device=device, dtype=dtype) if validation is not None else None
+        held_out = (
+            as_tensors(validation, device=device, dtype=dtype, names=HELD_OUT) if validation is not None else None
+        )
         return Loaded(data[0], device, dtype), held_out
     arrays = several(data[0] if len(data) == 1 else tuple(data))
     source: Memory
@@ -351,7 +354,7 @@ def _sources(
             tensors, held_out = split(tensors, validation, torch.Generator().manual_seed(seed))
         source = Memory(tensors, batch_size, seed, transform)
     if validation is not None and held_out is None:
-        held_out = as_tensors(validation, device=device, dtype=dtype)
+        held_out = as_tensors(validation, device=device, dtype=dtype, names=HELD_OUT)
     if held_out is not None and transform is not None and isinstance(validation, float):
         held_out = transform(held_out, torch.Generator(held_out[0].device).manual_seed(seed))
     return source, held_out

@@ -125,6 +125,9 @@ def hint(error: Exception, program: Program, batch: Sequence[Any]) -> str:
 
 
 _KNOWN = {
+    r"Multiple sample sites named": (
+        "give every site a name of its own, and make a plate that is opened twice once: rows = pyro.plate(...)"
+    ),
     r"more than 1 value per channel": "batch normalisation cannot train on one row: give batches of 2 rows or more",
     r"subsample_size does not match": (
         "the plate's subsample has another number of rows than the plate draws: write pyro.plate(name, len(x)), for "

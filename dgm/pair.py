@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from .data import kind_of
 from .errors import DGMError, GuideError, ModelError, OptionError, did_you_mean
 from .hints import Lines, failure, misplaced, unwritten
 from .noise import Recorded, replaying
@@ -360,7 +361,8 @@ class Pair:
         if alone is not None:
             raise GuideError(f"{program_name(self.guide)}: {alone}")
         model_sites, guide_sites = read(model_trace, plates), read(guide_trace, plates)
-        self._check_names(model_sites, {n: s for n, s in guide_sites.items() if not s.auxiliary}, guide_sites.observed)
+        seen = {n for n, node in guide_sites.observed.items() if kind_of(node["fn"]) != "Unit"}  # but factors
+        self._check_names(model_sites, {n: s for n, s in guide_sites.items() if not s.auxiliary}, seen)
         for name, site in model_sites.items():
             if name in guide_sites:
                 self._check_site(site, guide_sites[name], guide_trace.nodes[name])
@@ -378,6 +380,12 @@ class Pair:
     def _check_names(self, model_sites: Latents, guide_sites: Mapping[str, Site], observed: Iterable[str]) -> None:
         model, guide = program_name(self.model), program_name(self.guide)
         extra = sorted(set(guide_sites) - set(model_sites))
+        seen = sorted(set(observed) - set(model_sites))
+        if seen:
+            raise GuideError(
+                f"{guide} observes {seen[0]!r} (obs=...): a guide samples latents and scores no data; leave it out "
+                "of the guide" + (", or give another guide than the model itself" if guide == model else "")
+            )
         for name, site in model_sites.items():
             if name in guide_sites or (site.discrete and isinstance(self.loss_fn, TraceEnum_ELBO)):
                 continue

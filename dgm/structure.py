@@ -12,7 +12,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .errors import DataError, DGMError, GuideError, ModelError
+from .errors import DataError, DGMError, GuideError, ModelError, OptionError
 from .programs import FunctionProgram, Program, evaluating, isolated, owner, program_name
 from .sites import DATA_PLATE, Latents, trace_once
 
@@ -35,13 +35,22 @@ def check_plate_rows(model: Program, found: Latents, rows: int) -> None:
         )
 
 
-def check_scales(model: Program, batch: Sequence[Any], found: Latents, sizes: Mapping[str, int]) -> None:
+def check_scales(
+    model: Program, batch: Sequence[Any], found: Latents, sizes: Mapping[str, int], rows: Tensor | None = None
+) -> None:
     """In minibatches: what has an entry for each row stands in a plate that is scaled by N/B, and is scaled once.
 
     Raises:
         ModelError: a site depends on the number of rows and is outside of every data plate, or is scaled by the model
-            too; the message names it.
+            too; the message names it. OptionError: these are rows of a longer data set, of which no size is told.
     """
+    plate = found.plates.get(DATA_PLATE)
+    if rows is not None and rows.numel() and plate is not None and DATA_PLATE not in sizes:
+        if plate.full_size in (None, plate.size) and int(rows.max()) >= plate.size:
+            raise OptionError(
+                f"the batch holds row {int(rows.max())} and the plate {DATA_PLATE!r} counts {plate.size}: minibatches "
+                f"need the scale N/B, give SVI(..., sizes={{{DATA_PLATE!r}: number of all rows}})"
+            )
     scales = {n: sizes[n] / found.plates[n].size for n in sizes if n in found.plates and found.plates[n].size}
     own = {n for n in scales if found.plates[n].full_size not in (None, found.plates[n].size)}  # Pyro scales these
     scales = {n: scale for n, scale in scales.items() if scale != 1 and n not in own}

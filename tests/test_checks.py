@@ -758,6 +758,43 @@ GUIDES = [
 ]
 
 
+MORE = [
+    Case(
+        "held-out class",
+        lambda: train(Classifier(), global_(Classifier(), X, LABELS), X, LABELS, validation=(X, LABELS + 1)),
+        DataError,
+        "held-out rows: site 'y' | {0, ..., 3} | min 1, max 4 | subtract 1",
+    ),
+    Case(
+        "held-out nan",
+        lambda: reg(validation=(changed(X, NAN, 3, 0), Y)),
+        DataError,
+        "column 0 of x of validation | 1 NaN (row 3) | drop or impute",
+    ),
+    Case(
+        "F13 rows of more data than was told",
+        lambda: dgm.SVI(normal, AutoNormal(normal), ADAM).step(Y, rows=torch.arange(12) + 100),
+        OptionError,
+        "plate 'data' | need the scale N/B | row 111 | sizes={'data': number of all rows}",
+    ),
+    Case("the model as its guide", lambda: train(normal, normal, Y), GuideError, "'x' | samples | observes | another"),
+    Case(
+        "a plate opened twice",
+        lambda: auto(opened_twice, Y),
+        ModelError,
+        "'data' | a name of its own | Multiple | rows = pyro.plate",
+    ),
+]
+
+
+def opened_twice(x: Tensor) -> None:
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 def chosen_rows(seen: list[list[int]]) -> Callable[..., None]:
     """A plate whose rows are chosen by the caller; `seen` learns which it used."""
 
@@ -770,7 +807,7 @@ def chosen_rows(seen: list[list[int]]) -> Callable[..., None]:
     return model
 
 
-@pytest.mark.parametrize("case", [*DATA, *KINDS, *PLATES, *GUIDES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*DATA, *KINDS, *PLATES, *GUIDES, *MORE], ids=lambda case: case.name)
 def test_refused_before_the_first_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
     monkeypatch.setattr(dgm.SVI, "_update", lambda self, *rest: steps.append(1) or True)
@@ -784,7 +821,7 @@ def test_refused_before_the_first_step(case: Case, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_message_has_its_four_parts() -> None:
-    for case in [*DATA, *KINDS, *PLATES, *GUIDES]:
+    for case in [*DATA, *KINDS, *PLATES, *GUIDES, *MORE]:
         assert len(case.told.split(" | ")) >= 3, case.name
 
 
