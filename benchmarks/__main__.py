@@ -24,10 +24,17 @@ SUITES = (
 )
 
 
+def known() -> list[str]:
+    """Measurements of their own, and the suites of the runner."""
+    from dgm.bench_find import suites
+
+    return sorted({*SUITES, *(name.replace("-", "_") for name in suites())})
+
+
 def listing() -> str:
     """The suites with the first line of each file."""
     lines = ["usage: python -m dgm.benchmarks SUITE ...   (SUITE --help says more)", ""]
-    for name in SUITES:
+    for name in known():
         source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
         lines.append(f"  {name:20s} {(ast.get_docstring(ast.parse(source)) or '').splitlines()[0]}")
     return "\n".join(lines)
@@ -40,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(listing())
         return 0
     name = words[0].replace("-", "_")
-    if name not in SUITES:
+    if name not in known():
         print(f"no suite {words[0]!r}\n\n{listing()}", file=sys.stderr)
         return 2
     suite = importlib.import_module(f"dgm.benchmarks.{name}")
