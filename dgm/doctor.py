@@ -7,7 +7,7 @@ import copy
 import importlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .case import Case, NotSeen, copied
 from .checks import check_all_rows
 from .course import run_course
 from .dataflow import read_pair
-from .errors import DataError, DGMError, GuideError, ModelError, OptionError
+from .errors import DataError, DGMError, GuideError, ModelError, OptionError, did_you_mean
 from .feeding import Batch, Loaded, Memory, Transform, _sources
 from .findings import Diagnosis, Finding
 from .heldout import spaced
@@ -27,7 +27,7 @@ from .pair import Pair, chunk_of
 from .programs import Program, owner, preserved_rng
 from .sites import DATA_PLATE
 from .starting import maker
-from .symptoms import symptoms
+from .symptoms import Look, symptoms
 from .training import checked_seed, floating_type
 
 __all__ = ["doctor"]
@@ -48,6 +48,7 @@ def doctor(
     transform: Transform | None = None,
     loss: Any = None,
     validation: float | Any | None = None,
+    checks: Iterable[str] | None = None,
 ) -> Diagnosis:
     """Findings about a model, its guide and its data, in order of harm, each with evidence, consequence and cure.
 
@@ -61,6 +62,7 @@ def doctor(
         batch_size, lr, loss, transform, sizes, seed: as in `dgm.fit`; give what the real training will have.
         steps: of the short training; at least 20.
         validation: share of the rows, or rows, to hold out; None for none. Some checks then judge by them.
+        checks: names of the symptoms to look for; all of `dgm.symptoms.symptoms()` unless told.
 
     Returns:
         a `Diagnosis`; false where nothing is found.
@@ -79,14 +81,26 @@ def doctor(
         raise OptionError(f"steps is {steps!r}, expected a whole number, at least 20")
     seed = checked_seed(seed)
     adam(lr)  # refuses a bad step size now
+    chosen = _chosen(checks)
     found: list[Finding] = []
     with preserved_rng(seed), contextlib.ExitStack() as stack:
         case = _case(found, stack, model, guide, data, batch_size, lr, steps, seed, sizes, transform, loss, validation)
         if case is not None:
             _train(case, found)
-        looked, skipped, notes = _look(case, found)
+        looked, skipped, notes = _look(case, found, chosen)
     course = case.held.get("course") if case is not None else None
     return Diagnosis(tuple(found), looked, skipped, notes, time.perf_counter() - begin, course)
+
+
+def _chosen(checks: Iterable[str] | None) -> dict[str, Look]:
+    known = symptoms()
+    if checks is None:
+        return known
+    names = [checks] if isinstance(checks, str) else list(checks)
+    for name in names:
+        if name not in known:
+            raise OptionError(f"unknown check {name!r}: {did_you_mean(name, known)}")
+    return {name: known[name] for name in names}
 
 
 def _case(
@@ -235,10 +249,12 @@ def _train(case: Case, found: list[Finding]) -> None:
     found += refused
 
 
-def _look(case: Case | None, found: list[Finding]) -> tuple[tuple[str, ...], dict[str, str], tuple[str, ...]]:
+def _look(
+    case: Case | None, found: list[Finding], chosen: Mapping[str, Look]
+) -> tuple[tuple[str, ...], dict[str, str], tuple[str, ...]]:
     """Every symptom; one that cannot be looked at, or fails, is said and takes nothing with it."""
     looked, skipped = ["checks before training"], {}
-    for name, look in symptoms().items():
+    for name, look in chosen.items():
         if case is None:
             skipped[name] = "model, guide or data could not be made"
             continue

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..findings import Finding
 
-__all__ = ["symptoms"]
+__all__ = ["Look", "symptoms"]
 
 Look = Callable[[Any], Iterator[Finding]]
 

@@ -24,6 +24,8 @@ NOISY = 0.1
 """Ratio at the start below which a step is noise: 1 / 0.1^2 = 100 steps of it make one of signal."""
 DRAWS = 256
 """Draws of the second measurement: it sees ratios down to 1/16 of any gradient, and of large ones less."""
+FEWER = 64
+"""Draws of each estimator, where two are compared."""
 TIMES = 3.0
 """The ratio by the doubly reparameterised estimator, in ratios of the pathwise one, from which the change pays."""
 
@@ -70,12 +72,13 @@ def _by_samples(case: Case) -> Iterator[Finding]:
     pair = copied(case.pair, case.loss)
     try:
         now, then = (
-            dict(_measure(case, Pair(pair.model, pair.guide, by)).to_numpy()[:, :2].tolist()) for by in (loss, other)
+            dict(_measure(case, Pair(pair.model, pair.guide, by), FEWER).to_numpy()[:, :2].tolist())
+            for by in (loss, other)
         )
     except NotReparameterised:
         return
     here, there = now.get("guide", math.nan), then.get("guide", math.nan)
-    if not (here < 1.0 and there > TIMES * max(here, 1 / math.sqrt(DRAWS))):
+    if not (here < 1.0 and there > TIMES * max(here, 1 / math.sqrt(FEWER))):
         return
     yield Finding(
         name="gradient noise",
@@ -91,5 +94,5 @@ def _by_samples(case: Case) -> Iterator[Finding]:
     )
 
 
-def _measure(case: Any, pair: Pair) -> pd.DataFrame:
-    return signal_to_noise(pair, case.batch, case.index, case.sizes, draws=DRAWS, seed=case.seed)
+def _measure(case: Any, pair: Pair, draws: int = DRAWS) -> pd.DataFrame:
+    return signal_to_noise(pair, case.batch, case.index, case.sizes, draws=draws, seed=case.seed)

@@ -24,7 +24,7 @@ SHAKES = 0.1
 SLOWER = 10.0
 QUICK = 5e-3
 """Rate from which a tenth of it is tried whatever the curve looks like: units may have died at the first steps."""
-BETTER = 1.33
+BETTER = 1.2
 """Gain of a tenth of the rate, in gains of the rate itself, from which it is too high: a smaller rate that gets
 further in as many steps. Where the rate is right, a tenth of it gains less."""
 LEAST = 1e-3

@@ -18,11 +18,13 @@ from ..case import NotSeen
 from ..course import Course
 from ..dataflow import Reading, by_row
 from ..findings import Finding
+from ..latent_diagnostics import LatentDiagnostics
 
 WARMUP = 0.5
 """Share of the steps over which the KL weight rises in the training that is tried as a cure."""
 GAINED = 0.05
-"""Nats a datum by which the decoder alone must beat independent marginals to be called strong."""
+"""Nats a datum by which the decoder alone must beat independent marginals to be called strong, and that latents must
+carry to be called awake."""
 EDGE = 1.5
 """Largest eigenvalue of the correlations, over the largest that independent columns would have by chance, from which
 the data have something to tell (Marchenko and Pastur: (1 + sqrt(d / N))^2)."""
@@ -37,11 +39,11 @@ def look(case: Any) -> Iterator[Finding]:
     if course.error:
         raise NotSeen("the training diverged")
     found = case.units(case.pair)
-    if found.share > HALF:
+    if _awake(found):
         return
     pair, longer = case.longer
     normal = case.units(pair)
-    if longer.error or normal.share > HALF:
+    if longer.error or _awake(normal):
         return
     warm_pair, warm = case.trial(steps=longer.steps, warmup=WARMUP)
     woken = None if warm.error else case.units(warm_pair)
@@ -57,7 +59,7 @@ def look(case: Any) -> Iterator[Finding]:
     else:
         cure = "kl_warmup alone does not help here: a weaker decoder, dgm.ELBO(free_bits=0.5), or a sharper likelihood"
     strong, edge = _without_latents(case.after, longer), _structure(case.after)
-    if normal.active and not helps:
+    if normal.kl > GAINED and not helps:
         return
     reasons = []
     if strong > GAINED:
@@ -82,6 +84,10 @@ def look(case: Any) -> Iterator[Finding]:
         cure=cure,
         size=float(normal.total_units - normal.active),
     )
+
+
+def _awake(found: LatentDiagnostics) -> bool:
+    return found.share > HALF and found.kl > GAINED
 
 
 def _last(course: Course) -> float:

@@ -20,9 +20,9 @@ from ..sites import Latents
 FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Widths that are tried, in widths of the guide; the centre stays."""
 DRAWS = 16
-WIDE = 0.1
+WIDE = 0.3
 """The best of these widths up to which the guide is too wide."""
-LEAST, SHARE = 1.0, 0.3
+LEAST, SHARE = 1.0, 0.5
 """Nats a datum, and share of the bound, that the best width must gain over the guide's own."""
 
 
