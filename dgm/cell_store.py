@@ -52,6 +52,9 @@ def open_store(folder: Path, settings: Settings, train: tuple[Tensor, ...], held
             }
         )
     )
+    for place in (store.cells, store.attempts, path):
+        if place.is_symlink():
+            raise OptionError(f"{place} is a link, which could lead out of the folder: give another folder")
     store.prepare()
     if path.exists():
         _check(path, shared)

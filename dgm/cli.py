@@ -95,6 +95,12 @@ def _go(run: Callable[..., int], *args: Any, quiet: bool = False, **kwargs: Any)
     except DGMError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, TrainingError) else 2
+    except OSError as error:  # a full disk, a name that is too long: of the machine, and no traceback explains more
+        if isinstance(error, BrokenPipeError):
+            raise
+        place = f"{str(error.filename)[:200]}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted: nothing was finished", file=sys.stderr)
         code = 130
@@ -349,15 +355,23 @@ def inspect(
 app.add_typer(bench_app(_go, _work), name="bench")
 
 
+_CONTROL = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+"""What a name from a file could command a terminal with."""
+
+
 class _Lasting:
-    """A stream that goes on in silence when its reader leaves (`dgm compare | head`): results are still written."""
+    """A stream that goes on in silence when its reader leaves (`dgm compare | head`): results are still written.
+
+    Control characters of names are shown as ?.
+    """
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            self._stream.write(text.translate(_CONTROL))
+            return len(text)
         except BrokenPipeError:
             return self._leave(len(text))
 

@@ -298,7 +298,11 @@ def _read(path: Path) -> pd.DataFrame | dict[str, np.ndarray]:
             return pd.read_csv(path)
         if suffix == ".npz":
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
+                arrays = {key: file[key] for key in file.files}
+            other = next((key for key, value in arrays.items() if not isinstance(value, np.ndarray)), None)
+            if other is not None:
+                raise ValueError(f"{other!r} inside of it is no array")
+            return arrays
         if suffix == ".pt":
             content = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(content, Tensor):

@@ -54,6 +54,8 @@ def data_of(
     >>> data_of("diabetes").kind
     'regression'
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise OptionError(f"seed of the data is {seed!r}, expected a whole number from 0 to 2**63 - 1")
     is_path = (
         Path(source).suffix.lower() in DATA_ENDINGS
         or os.sep in source

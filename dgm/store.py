@@ -55,9 +55,9 @@ def save_comparison(result: Comparison, folder: Path) -> Path:
         OptionError: the folder cannot be written to.
     """
     writable(folder)
-    write_whole(folder / "rows.parquet", lambda p: result.rows.to_parquet(p, index=False))
+    write_whole(folder / "rows.parquet", lambda p: p.write_bytes(result.rows.to_parquet(index=False)))
     write_whole(folder / "rows.csv", lambda p: result.rows.to_csv(p, index=False))
-    write_whole(folder / "history.parquet", lambda p: result.history.to_parquet(p, index=False))
+    write_whole(folder / "history.parquet", lambda p: p.write_bytes(result.history.to_parquet(index=False)))
     text = format_table(result.table, result.meta, result.rows)
     write_whole(folder / "table.txt", lambda p: p.write_text(text + "\n", encoding="utf-8", errors="backslashreplace"))
     meta = json.dumps(result.meta, indent=1, default=str, ensure_ascii=False)
