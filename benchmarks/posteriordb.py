@@ -11,6 +11,7 @@ contains it, else with its location and marginal scale; a posterior without a mo
 says so. Then all have the same steps of Adam, the step size falling to 0 by a cosine, and gradients of 16 Sobol draws.
 NUTS runs in fully whitened coordinates, which change its speed and not its target. Seconds are CPU seconds, one thread.
 
+    dgm bench run posteriordb --budget short
     python -m dgm.benchmarks.posteriordb --quick
     python -m dgm.benchmarks.posteriordb --posteriors kidiq-kidscore_interaction --guides "full-normal;NUTS"
 """
@@ -20,21 +21,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+from dgm.bench_cells import Cell, Metric, Suite
+from dgm.bench_results import Results
 from dgm.discrepancy import mmd, noise_floor
 from dgm.errors import DGMError, OptionError, did_you_mean
 from dgm.provenance import provenance
 from dgm.store import write_whole
 
-from .posteriordb_data import load, names
+from .posteriordb_data import Posterior, load, names
 from .posteriordb_rows import LARGEST_Z, Settings, guide_names, rows_of
-from .posteriordb_start import find_start
+from .posteriordb_start import Start, find_start
 
 QUICK = ("kidiq-kidscore_momiq", "kidiq-kidscore_interaction", "eight_schools-eight_schools_noncentered")
 QUICK_BUDGET = {"steps": 500, "samples": 250, "warmup": 200, "chains": 2, "mmd_draws": 1000}
@@ -133,6 +137,116 @@ def _line(row: dict[str, Any]) -> str:
             f"ESS {row['ess']:.0f}, {row['divergences']} divergences"
         )
     return told + f"  k-hat {row['khat']:.2f}  ELBO {row['elbo']:.2f}"
+
+
+# ------------------------------------------------------------------------------------------- as a suite of the runner
+
+POSTERIORS = (
+    "arK-arK", "arma-arma11", "bball_drive_event_0-hmm_drive_0", "earnings-logearn_interaction",
+    "eight_schools-eight_schools_centered", "eight_schools-eight_schools_noncentered", "garch-garch11",
+    "gp_pois_regr-gp_pois_regr", "hudson_lynx_hare-lotka_volterra", "kidiq-kidscore_interaction",
+    "kidiq-kidscore_momiq", "kilpisjarvi_mod-kilpisjarvi", "low_dim_gauss_mix-low_dim_gauss_mix",
+    "mesquite-logmesquite_logvas", "nes1972-nes", "sblrc-blr",
+)  # fmt: skip
+ONCE = ("Laplace", "NUTS")
+"""Guides that have one row however many seeds there are: nothing in them is drawn, or they mix over chains."""
+BUDGET: dict[str, tuple[Sequence[str], Sequence[str] | None, Mapping[str, Any]]] = {
+    "smoke": (QUICK[::2], ("full-normal", "Laplace", "NUTS"), {**QUICK_BUDGET, "steps": 150, "depth": 5}),
+    "short": (POSTERIORS, None, {"steps": 700}),
+    "full": (POSTERIORS, None, {"steps": 3000, "seeds": 3, "samples": 2000, "warmup": 1000, "depth": 10}),
+}
+
+
+def cells(budget: str) -> list[Cell]:
+    """Every global family on every posterior."""
+    posteriors, guides, given = BUDGET[budget]
+    settings = vars(Settings(**given))
+    return [
+        Cell(name, guide, seed, settings)
+        for name in posteriors
+        for guide in guides or guide_names()
+        for seed in range(1 if guide in ONCE else settings["seeds"])
+    ]
+
+
+@cache
+def _started(name: str, draws: int) -> tuple[Posterior, Start, Any]:
+    """What all guides of a posterior share: it, its mode, and the discrepancy of two halves of its reference."""
+    posterior = load(name)
+    floor = noise_floor(posterior.reference, lambda a, b: mmd(a, b, max_draws=draws).squared, repeats=3)
+    return posterior, find_start(posterior.model), floor
+
+
+def run_cells(cells: Sequence[Cell]) -> list[Any]:
+    """All seeds of a guide on a posterior at once."""
+    settings = Settings(**cells[0].settings)
+    posterior, start, floor = _started(cells[0].task, settings.mmd_draws)
+    found: list[Any] = []
+    for row in rows_of(posterior, start, cells[0].guide, settings):
+        if row["status"] != "ok":
+            found.append(RuntimeError(row["status"]))
+            continue
+        own = {k: v for k, v in row.items() if k not in ("posterior", "guide", "seed", "status")}
+        found.append({**own, "mmd2_floor": floor.mean, "mmd2_floor_sd": floor.sd})
+    return found + found[-1:] * (len(cells) - len(found))  # an error that is common to all seeds comes once
+
+
+def checks(results: Results) -> pd.DataFrame:
+    """NUTS against the reference, and what theory says of two normals on a regression."""
+    found = []
+    for row in results.good.to_dict("records"):
+        if row["guide"] == "NUTS":
+            found.append(_check(row, "worst_z", "at most", 4.5))
+        elif row["task"] == "kidiq-kidscore_interaction" and row["steps"] >= QUICK_BUDGET["steps"]:
+            if row["guide"] == "full-normal":
+                found.append(_check(row, "mean_error", "at most", 0.1))
+            if row["guide"] == "diagonal-normal":
+                found.append(_check(row, "sd_ratio_least", "at most", 0.2))
+    return pd.DataFrame(found)
+
+
+def _check(row: Any, metric: str, said: str, limit: float) -> dict[str, Any]:
+    verdict = "agree" if row[metric] <= limit else "miss"
+    return {
+        "task": row["task"], "guide": row["guide"], "metric": metric, "value": row[metric],
+        "expected": f"{said} {limit:g}", "tolerance": 0.0, "verdict": verdict,
+    }  # fmt: skip
+
+
+def overview(results: Results) -> dict[str, pd.DataFrame]:
+    """Each guide over all posteriors: medians, with the worst."""
+    rows = results.good
+    bad = rows.assign(bad=rows["khat"] > 0.7) if "khat" in rows else rows.assign(bad=False)
+    by = bad.groupby("guide")
+    columns = {
+        "posteriors": by["task"].nunique(), "mean error, median": by["mean_error"].median(),
+        "largest": by["mean_error"].max(), "least sd ratio, median": by["sd_ratio_least"].median(),
+        "least": by["sd_ratio_least"].min(), "MMD^2, median": by["mmd2"].median(),
+        "largest MMD^2": by["mmd2"].max(), "k-hat above 0.7": by["bad"].sum(),
+    }  # fmt: skip
+    table = pd.DataFrame(columns)
+    return {"Over all posteriors": table.sort_values("MMD^2, median").reset_index()}
+
+
+SUITE = Suite(
+    "posteriordb",
+    cells,
+    run_cells,
+    [
+        Metric("mmd2", "lower", "MMD^2", "squared maximum mean discrepancy from the reference draws"),
+        Metric("mean_error", "lower", "mean", "largest error of a posterior mean, reference standard deviations"),
+        Metric("sd_ratio_least", None, "least sd ratio", "smallest ratio of a standard deviation to the reference's"),
+        Metric("khat", None, "k-hat", "of 4000 importance weights; above 0.7 they cannot be trusted"),
+        Metric("elbo", "higher", "ELBO", "nats"),
+        Metric("worst_z", None, "worst z", "of NUTS: difference of a mean from the reference's in standard errors"),
+    ],
+    summary="Global families against the reference draws of posteriordb",
+    group_by=("task", "guide"),
+    ready=lambda task: (load(task), None)[1],
+    seconds=lambda cell: 15.0 if cell.guide == "NUTS" else 4.0,
+    checks=checks,
+    tables=overview,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -153,7 +153,7 @@ def tables(results: Results) -> dict[str, pd.DataFrame]:
         one = longer.get(str(task))
         if one is None or part.empty:
             continue
-        best = part.loc[part["value"].idxmin()]
+        best = part.sort_values("value").iloc[0]
         found.append(
             {
                 "set": task, "best guide": best["guide"], "RMSE": best["value"], "±": best["se"],
