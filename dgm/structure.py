@@ -18,6 +18,8 @@ from .sites import DATA_PLATE, Latents, trace_once
 
 log = logging.getLogger("dgm")
 
+FEW = 64
+"""Rows that show whether a model draws outside of its sites."""
 _NOISY: weakref.WeakSet[Any] = weakref.WeakSet()  # programs of which it was said once that they draw outside of sites
 
 
@@ -106,7 +108,12 @@ def warn_of_draws(model: Program, batch: Sequence[Any]) -> None:
     try:
         if key in _NOISY:
             return
-        site = _unsteady_site(model, batch)
+        rows = len(batch[0]) if len(batch) and isinstance(batch[0], Tensor) and batch[0].dim() else 0
+        some = [t[:FEW] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t for t in batch]
+        try:
+            site = _unsteady_site(model, some)
+        except DGMError:  # it takes this number of rows and no other
+            site = _unsteady_site(model, batch)
         if site is not None:
             _NOISY.add(key)
     except TypeError:  # a program that cannot be remembered
