@@ -539,3 +539,92 @@ def test_a_reader_that_leaves_stops_nothing() -> None:
             lasting.write("a line\n")
             lasting.flush()
         assert lasting.fileno() == stream.fileno()
+
+
+# ------------------------------------------------------------------------------------------ folders and machine
+
+TINY = ("--model", "bnn", "--data", "gap", "--epochs", 1)
+COMPARED = (*TINY, "--guides", "point", "--seeds", 1, "--samples", 100, "--jobs", 1, "--compile", "eager")
+
+
+def test_a_comparison_goes_on_in_its_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = (*COMPARED[:-6], "--samples", 100, "--jobs", 1, "--compile", "eager", "--guides", "point,diagonal-normal")
+    real = cells.fit
+
+    def interrupted(model: Any, guide: Any, *data: Any, **options: Any) -> Any:
+        if "diagonal" in repr(guide).lower():
+            raise KeyboardInterrupt
+        return real(model, guide, *data, **options)
+
+    monkeypatch.setattr(cells, "fit", interrupted)
+    assert "--resume --out out" in run("compare", *both, "--out", "out", code=130)
+    monkeypatch.setattr(cells, "fit", real)
+    assert "holds results already" in refused("compare", *both, "--out", "out")
+    assert "does not continue: epochs is 1 there and 2 here" in run(
+        "compare", *both, "--epochs", 2, "--out", "out", "--resume", code=2
+    )
+    output = run("compare", *both, "--out", "out", "--resume")
+    assert "[2/2] diagonal-normal" in output and "[1/" not in output  # the other one is not made again
+    assert list(pd.read_csv("out/rows.csv")["guide"]) == ["point", "diagonal-normal"]
+    Path("out/rows.parquet").unlink()  # as a killed process leaves it
+    assert "was cut short: go on with it by --resume" in refused("compare", *both, "--out", "out")
+    assert "give it by --out" in refused("compare", *both, "--resume")
+    assert "nothing to go on with" in refused("compare", *both, "--resume", "--out", "new")
+    assert not Path("new").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(here: Path) -> None:
+    held = (
+        "import sys, time; from dgm.lock import locked\nwith locked('out'): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            for words in (("compare", *COMPARED), ("train", *TINY, "--guide", "point")):
+                assert f"in use by process {other.pid}" in refused(*words, "--out", "out")
+        finally:
+            other.kill()
+
+
+@pytest.mark.parametrize("command", ["compare", "train"])
+def test_a_disk_that_fills_is_told_in_one_line(command: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    words = COMPARED if command == "compare" else (*TINY, "--guide", "point")
+    output = run(command, *words, "--out", "out", code=2)
+    assert "No space left on device" in output.splitlines()[-1] and "Traceback" not in output
+    assert not list(Path("out").glob("**/.*.part")) if Path("out").exists() else True
+
+
+def test_a_folder_that_is_read_only(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    Path("out").mkdir()
+    monkeypatch.setattr(importlib.import_module("dgm.store").tempfile, "TemporaryFile", closed)
+    assert "cannot write to out: Permission denied; give another folder" in refused(
+        "compare", *COMPARED, "--out", "out"
+    )
+
+
+@pytest.mark.parametrize("seed", ["-1", "true", "1.5", "1e3", "99999999999999999999"])
+@pytest.mark.parametrize("option", ["--seed", "--data-seed"])
+def test_a_seed_that_is_none_is_bad_usage(option: str, seed: str, here: Path) -> None:
+    words = ("train", "--model", "vae", "--data", "tides.csv", "--epochs", 1, "--guide", "point", "--out", "out")
+    output = run(*words, option, seed, code=2)
+    assert "Traceback" not in output and not Path("out").exists()
+
+
+def test_names_from_files_command_no_terminal() -> None:
+    class Stream:
+        text = ""
+
+        def write(self, text: str) -> int:
+            self.text += text
+            return len(text)
+
+    stream = Stream()
+    assert cli._Lasting(stream).write("a\x1b[2J\x07\x9b1m ±\tb\r\n") == 15
+    assert stream.text == "a?[2J??1m ±\tb\r\n"
