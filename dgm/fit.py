@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .checkpoint import Checkpoints
 from .errors import OptionError
 from .feeding import Transform, _sources
+from .nonfinite import Policy
 from .pace import Compile, steady_choices
 from .programs import Program, preserved_rng, program_name
 from .resume import fingerprint
@@ -56,6 +57,8 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
     transform: Transform | None = None,
     sizes: Mapping[str, int] | None = None,
     compile: Compile = "auto",
+    nonfinite: Policy = "stop",
+    skips: int = 10,
     replicas: int | Mapping[str, Sequence[Any]] | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoints | None = None,
 ) -> Any:
@@ -92,6 +95,8 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
         transform: `(batch, generator) -> batch`, applied to every training batch (stochastic binarization).
         sizes: rows of the full data for each data plate; default the number of rows for the plate "data".
         compile: False, "trace", "inductor" or "auto": how a step runs, see `SVI`; the numbers are the same.
+        nonfinite: what to do at a step whose loss or gradient is not finite: "stop", or "skip" that step.
+        skips: how many steps "skip" may leave out; one more stops.
         kl_weight: weight of log p(z) - log q(z), after the warm-up; 1 for the ELBO.
         replicas: K trainings as one computation: a number (seeds seed, seed + 1, ...), or columns of K values: "seed",
             "lr", "kl_weight", "rows" (index arrays: each replica's split of the data), and any argument of the model's

@@ -241,6 +241,7 @@ class _Group:
             own=own,
             compile=self.options.compile,
             horizon=total,
+            names=[f"replica {k} (seed {seed})" for k, seed in zip(self.members, seeds, strict=True)],
         )
         with preserved_rng(seeds[0]), flushed():
             try:
@@ -399,21 +400,15 @@ class _Group:
         for k, run in enumerate(self.runs):
             if run.why:
                 continue
-            bad = np.flatnonzero(~np.isfinite(losses[:, :, k]).all(1))
-            good = int(bad[0]) if len(bad) else len(losses)
+            frozen = engine.errors.get(k)
+            good = len(losses) if frozen is None else run.svi.steps - begun
             run.svi.steps = begun + good
             run.evaluations += sum(rows[:good]) * run.svi.pair.evaluations
             if good:
-                run.record(epoch, list(losses[:good, 0, k]), run.at.weight)
-            if len(bad):
-                what = "loss" if not np.isfinite(losses[good, 0, k]) else "gradient"
-                run.error = (
-                    f"replica {self.members[k]} (seed {run.plan.seed}), step {begun + good + 1}: the {what} is not "
-                    "finite; it is frozen with the parameters of its last good step. Train that seed alone to see the "
-                    "site, or try a smaller learning rate or clip=10"
-                )
-                run.why = f"a value was not finite at step {begun + good + 1}"
-                log.warning(run.error)
+                taken = np.isfinite(losses[:good, :, k]).all(1)  # the others were skipped
+                run.record(epoch, list(losses[:good, 0, k][taken]), run.at.weight)
+            if frozen is not None:
+                run.error, run.why = frozen, f"a value was not finite at step {begun + good + 1}"
             elif run.enough(epoch, last):
                 run.why, run.early = run.rule.reason if run.rule is not None else "enough", True
                 engine.alive[k] = False

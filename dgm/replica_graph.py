@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,16 +135,10 @@ class ReplicaGraph:
         if owner.rule is not None:
             optimiser: Any = owner.svis[0].optimiser
             forms = [owner.rule.form(group) for group in optimiser.param_groups]
-            self.step = whole_step(
-                self.gradients.forward,
-                owner.rule,
-                owner.groups,
-                forms,
-                self.unused,
-                owner.svis[0].clip,
-                True,
-                owner.guard.freeze,
-            )
+            whole = partial(whole_step, self.gradients.forward, owner.rule, owner.groups, forms, self.unused)
+            options: dict[str, Any] = {"clip": owner.svis[0].clip, "replicas": True, "freeze": owner.guard.freeze}
+            self.step = whole(**options, look=owner.device.type == "cpu")
+            self.whole_step = whole(**options)  # as the compiler takes it
 
     def _all(self, owner: Replicas, rest: Sequence[Tensor]) -> list[Tensor]:
         """The inputs of the whole step."""
@@ -165,7 +160,7 @@ class ReplicaGraph:
         )
         try:
             watched = linear_in_gradients(owner._rule(), len(owner.parameters))
-            self.compiled = compile_step(self.step, self._all(owner, rest), watched)
+            self.compiled = compile_step(self.whole_step, self._all(owner, rest), watched)
         except (CompilerFailed, Untraceable) as error:
             owner.uncompiled = str(error)
             log.warning("the step of %d replicas is traced, not compiled: %s", owner.count, error)

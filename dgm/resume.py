@@ -46,7 +46,7 @@ __all__ = [
 
 State = dict[str, Any]
 
-MAY_CHANGE = ("epochs", "steps", "progress", "device", "compile")
+MAY_CHANGE = ("epochs", "steps", "progress", "device", "compile", "nonfinite", "skips")
 """Options of `fit` that a training may be resumed with changed: it may last longer, or run in another way."""
 EXAMPLE_ROWS = 8
 """Rows of the data that are kept with a pair, to make its guide again."""
@@ -65,6 +65,7 @@ def run_state(run: Run) -> State:
         "random": random_streams(),
         "source": run.source.state(),
         "svi_steps": run.svi.steps,
+        "skipped": list(run.svi.skipped),
         "example": list(run.example),
         **progress(run),
     }
@@ -83,6 +84,7 @@ def load_run_state(run: Run, state: Mapping[str, Any]) -> None:
         # a schedule's start moves the step size of its optimiser: what was saved is right
         run.svi._optimiser().load_state_dict(state["optimiser"])
     run.svi.steps, run.example = state["svi_steps"], tuple(state["example"])
+    run.svi.skipped[:] = state.get("skipped", [])
     load_progress(run, state)
 
 
@@ -102,7 +104,11 @@ def group_state(engine: Replicas, runs: Sequence[Run], sources: Sequence[Memory]
         "sources": [source.state() for source in sources],
         "random": random_streams(),
         "fixed": [_fixed(svi) for svi in engine.svis],
-        "runs": [{**progress(run), "svi_steps": run.svi.steps, "weight": run.at.weight} for run in runs],
+        "runs": [
+            {**progress(run), "svi_steps": run.svi.steps, "skipped": list(run.svi.skipped), "weight": run.at.weight}
+            for run in runs
+        ],
+        "errors": [engine.errors.get(k) for k in range(engine.count)],
     }
 
 
@@ -146,6 +152,8 @@ def load_group_state(
     for run, saved in zip(runs, state["runs"], strict=True):
         load_progress(run, saved)
         run.svi.steps, run.at.weight = saved["svi_steps"], saved["weight"]
+        run.svi.skipped[:] = saved.get("skipped", [])
+    engine.errors.update({k: text for k, text in enumerate(state.get("errors", [])) if text is not None})
 
 
 def _fixed(svi: SVI) -> dict[str, Tensor]:

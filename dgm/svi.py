@@ -146,7 +146,7 @@ class SVI(pyro.infer.SVI):
             check_observed(self.model, batch, plates)
             latents = self.pair.check(batch, plates)
             self._check_plates(latents)
-            check_scales(self.model, batch, latents, self.sizes)
+            check_scales(self.model, batch, latents, self.sizes, rows)
             check_autoguide_rows(self.pair.owners, latents, self.sizes)
             self.parameters = self.pair.parameters()
             if not self.parameters:
@@ -333,12 +333,12 @@ class SVI(pyro.infer.SVI):
     def _update(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
         """Move the parameters; False, and nothing is changed, where loss or gradient is not finite."""
         present = [g for g in gradients if g is not None]
-        norm = torch.nn.utils.get_total_norm(present) if present else torch.zeros(())
-        if not math.isfinite(float(loss + norm)):
+        norm = _norm(present, exact=self.clip is not None)
+        if not math.isfinite(float(loss) + float(norm)):
             return False
         graded = _graded(self.parameters, gradients)
         if self.clip is not None and present:
-            torch.nn.utils.clip_grads_with_norm_(graded, self.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(graded, self.clip, torch.as_tensor(norm))
         optimiser = self._optimiser()
         self.settle()
         optimiser.step()
@@ -401,6 +401,17 @@ class SVI(pyro.infer.SVI):
             self.prepare(*batch, rows=rows)
         with torch.no_grad():
             return float(self.pair.loss(None, batch, sizes=self.sizes, rows=rows))
+
+
+def _norm(gradients: Sequence[Tensor], exact: bool) -> Tensor | float:
+    """The norm of all gradients; where only its finiteness matters, on a processor, by what costs least.
+
+    It overflows where a graph's sum of squares does, so that all engines refuse the same steps.
+    """
+    if exact or any(g.device.type != "cpu" for g in gradients):
+        return torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
+    squares = sum(float(n) ** 2 for n in torch._foreach_norm(list(gradients))) if gradients else 0.0
+    return math.sqrt(squares) if squares <= torch.finfo(gradients[0].dtype).max else math.inf if squares else 0.0
 
 
 def _moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:

@@ -20,6 +20,7 @@ from .errors import DGMError, GuideError, OptionError, TrainingError
 from .feeding import Batch, Loaded, Memory, Transform
 from .heldout import HeldOut
 from .limits import check_limits
+from .nonfinite import Guard, Policy
 from .optim import adam
 from .pace import Compile
 from .pair import batch_rows
@@ -203,9 +204,12 @@ class Options:
     transform: Transform | None = None
     sizes: Mapping[str, int] | None = None
     compile: Compile = "auto"
+    nonfinite: Policy = "stop"
+    skips: int = 10
 
     def __post_init__(self) -> None:
         check_limits(self)
+        Guard(self.nonfinite, self.skips)
         self.plan(self.seed, self.kl_weight)
         if self.patience is not None and self.validation is None:
             raise OptionError("patience needs held-out data: give validation=0.1, or arrays")
@@ -244,12 +248,14 @@ class Options:
             tensors = source.all_rows()
             check_all_rows(model, tensors, plates, whole=source.whole, transform=self.transform)
         if check and held_out is not None:
-            check_all_rows(model, held_out, plates)
+            check_all_rows(model, held_out, plates, name="held-out rows")
         for part in finishers(guide):  # not before: what is refused leaves a finished guide as it is
             getattr(part, "reopen", lambda: None)()
         optim = self.optim if self.optim is not None else adam(lr)
         horizon = plan.total(source.steps)
-        svi = SVI(model, guide, optim, self.loss, sizes=full, compile=self.compile, clip=self.clip, horizon=horizon)
+        steps: dict[str, Any] = {"compile": self.compile, "clip": self.clip, "horizon": horizon}
+        steps |= {"nonfinite": self.nonfinite, "skips": self.skips}
+        svi = SVI(model, guide, optim, self.loss, sizes=full, **steps)
         held = HeldOut(model, guide, held_out, sizes=full) if held_out is not None else None
         run = Run(svi, plan, source, held)
         run.validate_every = self.validate_every
@@ -464,6 +470,7 @@ class Run:
 
     def record(self, epoch: int, losses: Sequence[float], weight: float) -> None:
         optimiser = self.svi.optimiser
+        losses = [loss for loss in losses if not math.isnan(loss)]  # those of skipped steps
         self.rows.append(
             {
                 "epoch": epoch,

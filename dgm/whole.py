@@ -40,6 +40,7 @@ def whole_step(
     clip: float | None,
     replicas: bool = False,
     freeze: bool = True,
+    look: bool = False,
 ) -> Step:
     """`(*parameters, *states, numbers, [alive], *rest) -> (2,) or (2, K)`: the loss and the gradient's norm.
 
@@ -50,6 +51,8 @@ def whole_step(
         clip: largest norm of the gradient.
         replicas: whether loss, gradients, parameters and numbers carry a replica axis `(K, ...)` in front. `alive`,
             `(K,)` bool, says who takes part.
+        look: whether the program may look at the result of the check, so that a step in which all is finite chooses
+            nothing; a step that is to be compiled may not, and on a GPU it would wait.
         freeze: whether `alive` is changed in place: a replica whose loss or gradient is not finite is frozen for good.
 
     A step that is not finite changes nothing: the last good parameters stay.
@@ -63,10 +66,11 @@ def whole_step(
         alive = rest.pop(0) if replicas else None
         loss, *found = gradients(*values, *rest)
         rows = len(loss) if replicas else 1
-        squares = [g.square().reshape(rows, -1).sum(1) for g, idle in zip(found, unused, strict=True) if not idle]
+        squares = [_squares(g, rows) for g, idle in zip(found, unused, strict=True) if not idle]
         norm = torch.stack(squares).sum(0).sqrt().reshape(loss.shape) if squares else torch.zeros_like(loss)
         good = torch.isfinite(loss + norm)
         good = good if alive is None else good & alive
+        free = look and bool(good.all())
         shrink = None if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
         for i, (p, g, state) in enumerate(zip(values, found, states, strict=True)):
             if unused[i]:
@@ -78,12 +82,17 @@ def whole_step(
             new, moved = rule.update(p, g, state, columns, forms[groups[i]])
             for old, fresh in zip([p, *state], [new, *moved], strict=True):
                 if fresh is not old:
-                    old.copy_(torch.where(keep, fresh, old))
-        if alive is not None and freeze:
+                    old.copy_(fresh if free else torch.where(keep, fresh, old))
+        if alive is not None and freeze and not free:
             alive.copy_(good)
         return torch.stack([loss, norm])
 
     return step
+
+
+def _squares(g: Tensor, rows: int) -> Tensor:
+    """The sum of squares of each replica's gradient, `(rows,)`."""
+    return g.square().reshape(rows, -1).sum(1)
 
 
 def linear_in_gradients(rule: Rule, count: int) -> range:

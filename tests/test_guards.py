@@ -13,18 +13,21 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import RenyiELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import dgm.replica_graph
 import dgm.svi
-from dgm import ELBO, SVI
-from dgm.errors import OptionError, TrainingError
+from dgm import ELBO, SVI, fit
+from dgm.errors import DataError, OptionError, TrainingError
 from dgm.replicas import Replicas
 from dgm.whole import whole_step
 
 ADAM = partial(torch.optim.Adam, lr=0.05)
 ROWS = 8
+make = partial(SVI, sizes={"data": 108})
+"""The rows of a batch are 100 to 107 of the data."""
 IDS = torch.arange(ROWS) + 100
 Batch = tuple[Tensor, Tensor]
 Engine = Any
@@ -105,7 +108,7 @@ def unharmed(svi: SVI, batch: Batch) -> bool:
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("compile", ENGINES)
 def test_a_step_that_is_not_finite_changes_nothing_at_all(compile: Engine, fault: str, policy: Any) -> None:
-    svi = SVI(Model(), Guide(), ADAM, compile=compile, nonfinite=policy)
+    svi = make(Model(), Guide(), ADAM, compile=compile, nonfinite=policy)
     assert unharmed(svi, faulty(fault))
     assert svi.steps == (4 if policy == "stop" else 5), "a skipped step is one of the run's"
 
@@ -114,7 +117,7 @@ def test_a_step_that_is_not_finite_changes_nothing_at_all(compile: Engine, fault
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_other_optimisers_and_clipping(optim: Any, clip: float | None) -> None:
     for compile in (False, "trace"):
-        assert unharmed(SVI(Model(), Guide(), optim, compile=compile, clip=clip, nonfinite="skip"), faulty("gradient"))
+        assert unharmed(make(Model(), Guide(), optim, compile=compile, clip=clip, nonfinite="skip"), faulty("gradient"))
 
 
 def test_batch_statistics_are_those_of_the_last_good_step() -> None:
@@ -128,7 +131,7 @@ def test_batch_statistics_are_those_of_the_last_good_step() -> None:
 
     x, g = good()
     g = g + torch.arange(ROWS)
-    svi = SVI(Normed(), Guide(), ADAM, compile=False, nonfinite="skip")
+    svi = make(Normed(), Guide(), ADAM, compile=False, nonfinite="skip")
     svi.step(x, g)
     before = state_of(svi)
     bad = g.clone()
@@ -139,7 +142,7 @@ def test_batch_statistics_are_those_of_the_last_good_step() -> None:
 
 
 def test_gradients_of_pyro_s_own_losses_do_not_linger() -> None:
-    svi = SVI(Model(), Guide(), ADAM, RenyiELBO(num_particles=2), nonfinite="skip")
+    svi = make(Model(), Guide(), ADAM, RenyiELBO(num_particles=2), nonfinite="skip")
     assert unharmed(svi, faulty("gradient"))
 
 
@@ -156,14 +159,14 @@ def test_a_guard_that_looks_after_the_update_is_caught(monkeypatch: pytest.Monke
         return math.isfinite(float(loss))
 
     monkeypatch.setattr(SVI, "_update", late)
-    assert not unharmed(SVI(Model(), Guide(), ADAM, compile=False), faulty("nan"))
+    assert not unharmed(make(Model(), Guide(), ADAM, compile=False), faulty("nan"))
 
 
 def test_a_guard_that_looks_at_the_loss_only_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: torch.zeros(()))
+    monkeypatch.setattr(dgm.svi, "_norm", lambda gradients, exact: 0.0)
     for compile in (False, "trace"):
-        assert unharmed(SVI(Model(), Guide(), ADAM, compile=compile), faulty("nan"))
-        assert not unharmed_or_raised(SVI(Model(), Guide(), ADAM, compile=compile), faulty("gradient"))
+        assert unharmed(make(Model(), Guide(), ADAM, compile=compile), faulty("nan"))
+        assert not unharmed_or_raised(make(Model(), Guide(), ADAM, compile=compile), faulty("gradient"))
 
 
 def unharmed_or_raised(svi: SVI, batch: Batch) -> bool:
@@ -206,7 +209,7 @@ def replica_unharmed(batch: Batch) -> bool:
 
 
 def replicas(count: int, policy: Any, skips: int = 10, compile: Engine = "trace", optim: Any = ADAM) -> Replicas:
-    svis = [SVI(Model(), Guide(0.1 * k), optim, nonfinite=policy, skips=skips) for k in range(count)]
+    svis = [make(Model(), Guide(0.1 * k), optim, nonfinite=policy, skips=skips) for k in range(count)]
     return _Stepping(svis, good(), compile=compile)
 
 
@@ -224,7 +227,7 @@ PLAN = ["", "", "nan", "", "gradient", "inf", "", "", ""]
 
 def course(compile: Engine, seed: int, skips: int, optim: Any = ADAM, schedule: Any = None) -> tuple[SVI, list[float]]:
     """A single run over good and bad steps until it ends or gives up."""
-    svi = SVI(Model(), Guide(0.1 * seed), optim, compile=compile, nonfinite="skip", skips=skips)
+    svi = make(Model(), Guide(0.1 * seed), optim, compile=compile, nonfinite="skip", skips=skips)
     torch.manual_seed(seed)
     losses: list[float] = []
     scheduler: Any = None
@@ -287,7 +290,7 @@ def test_a_replica_that_skipped_keeps_the_step_of_its_own_optimiser() -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_report_names_step_rows_site_and_parameter(compile: Engine, fault: str) -> None:
     with pytest.raises(TrainingError) as error:
-        svi = SVI(Model(), Guide(), ADAM, compile=compile)
+        svi = make(Model(), Guide(), ADAM, compile=compile)
         for batch in (good(), good(), faulty(fault)):
             svi.step(*batch, rows=IDS)
     text = str(error.value)
@@ -304,7 +307,7 @@ def test_a_replica_reports_what_a_single_run_reports(fault: str, at_once: bool) 
     engine.guard.at_once = at_once  # False: as on a GPU, where the losses are read once in a while
     engine.step(*step_of([good(), good()]))
     engine.losses()
-    single = SVI(Model(), Guide(0.1), ADAM, compile="trace")
+    single = make(Model(), Guide(0.1), ADAM, compile="trace")
     torch.manual_seed(1)
     single.step(*good(), rows=IDS)
     if at_once:
@@ -338,7 +341,7 @@ def test_the_noise_of_the_step_is_drawn_again() -> None:
     texts = []
     x = good()[0]
     for compile in (False, "trace"):
-        svi = SVI(Noisy(), NoisyGuide(), partial(torch.optim.SGD, lr=0.0), compile=compile)
+        svi = make(Noisy(), NoisyGuide(), partial(torch.optim.SGD, lr=0.0), compile=compile)
         torch.manual_seed(3)
         with pytest.raises(TrainingError) as error:
             for _ in range(200):
@@ -346,7 +349,7 @@ def test_the_noise_of_the_step_is_drawn_again() -> None:
         texts.append((svi.steps + 1, str(error.value).partition("; ")[2]))
     for at_once in (True, False):
         engine = Replicas(
-            [SVI(Noisy(), NoisyGuide(), partial(torch.optim.SGD, lr=0.0))], (x,), seeds=[3], compile="trace"
+            [make(Noisy(), NoisyGuide(), partial(torch.optim.SGD, lr=0.0))], (x,), seeds=[3], compile="trace"
         )
         engine.guard.at_once = at_once
         for i in range(200):
@@ -361,7 +364,7 @@ def test_the_noise_of_the_step_is_drawn_again() -> None:
 
 @pytest.mark.parametrize("compile", [False, "trace"])
 def test_one_of_several_particles_is_found(compile: Engine) -> None:
-    svi = SVI(Noisy(), NoisyGuide(), partial(torch.optim.SGD, lr=0.0), ELBO(4), compile=compile)
+    svi = make(Noisy(), NoisyGuide(), partial(torch.optim.SGD, lr=0.0), ELBO(4), compile=compile)
     torch.manual_seed(0)
     with pytest.raises(TrainingError, match="'x' of the model"):
         for _ in range(200):
@@ -369,7 +372,7 @@ def test_one_of_several_particles_is_found(compile: Engine) -> None:
 
 
 def test_skipped_steps_are_logged_in_full_once_and_then_shortly(caplog: pytest.LogCaptureFixture) -> None:
-    svi = SVI(Model(), Guide(), ADAM, compile=False, nonfinite="skip", skips=2)
+    svi = make(Model(), Guide(), ADAM, compile=False, nonfinite="skip", skips=2)
     with caplog.at_level(logging.WARNING, "dgm"):
         for batch in (good(), faulty("nan"), faulty("gradient")):
             svi.step(*batch, rows=IDS)
@@ -385,7 +388,7 @@ def test_skipped_steps_are_logged_in_full_once_and_then_shortly(caplog: pytest.L
 
 @pytest.mark.parametrize("compile", [False, "trace"])
 def test_a_learning_rate_that_is_too_large_is_named(compile: Engine) -> None:
-    svi = SVI(Model(), Guide(), partial(torch.optim.Adam, lr=100.0), compile=compile)
+    svi = make(Model(), Guide(), partial(torch.optim.Adam, lr=100.0), compile=compile)
     with pytest.raises(TrainingError) as error:
         for _ in range(200):
             svi.step(*good(), rows=IDS)
@@ -419,7 +422,7 @@ def test_torch_s_complaint_in_the_middle_of_training_is_translated(
     model, guide = (ValidatedModel(), Guide()) if where == "model" else (Model(), Validated())
     x, g = good()
     g[[2, 5]] = math.nan
-    svi = SVI(model, guide, ADAM, nonfinite=policy)
+    svi = make(model, guide, ADAM, nonfinite=policy)
     if policy == "stop":
         with pytest.raises(TrainingError) as error:
             unharmed_step(svi, (x, g))
@@ -451,7 +454,7 @@ def test_an_error_that_is_the_program_s_own_stays_one() -> None:
             if float(g[0]) == 2.0:
                 raise ValueError("my own")
 
-    svi = SVI(Own(), Guide(), ADAM, compile=False)
+    svi = make(Own(), Guide(), ADAM, compile=False)
     svi.step(*good())
     with pytest.raises(ValueError, match="my own") as error:
         svi.step(good()[0], torch.full((ROWS,), 2.0))
@@ -470,15 +473,15 @@ class Factorised(Model):
 
 @pytest.mark.parametrize("compile", ENGINES)
 def test_a_matrix_that_cannot_be_factorised_is_a_step_that_is_not_finite(compile: Engine) -> None:
-    svi = SVI(Factorised(), Guide(), ADAM, compile=compile, nonfinite="skip")
+    svi = make(Factorised(), Guide(), ADAM, compile=compile, nonfinite="skip")
     assert unharmed(svi, (good()[0], -good()[1]))
-    svi = SVI(Factorised(), Guide(), ADAM, compile=compile)
+    svi = make(Factorised(), Guide(), ADAM, compile=compile)
     with pytest.raises(TrainingError, match=r"in the model after site 'm' .*cholesky"):
         unharmed_step(svi, (good()[0], -good()[1]))
 
 
 def test_a_factorisation_that_fails_in_one_replica_leaves_the_others_alone() -> None:
-    svis = [SVI(Factorised(), Guide(), ADAM) for _ in range(3)]
+    svis = [make(Factorised(), Guide(), ADAM) for _ in range(3)]
     engine = _Stepping(svis, good(), compile="trace")
     bad = (good()[0], -good()[1])
     for batches in ([good()] * 3, [good(), bad, good()], [good()] * 3):
@@ -500,9 +503,86 @@ def test_a_factorisation_that_fails_in_one_replica_leaves_the_others_alone() -> 
 )
 def test_options_out_of_their_domain_are_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(OptionError, match=told):
-        SVI(Model(), Guide(), ADAM, **options)
+        make(Model(), Guide(), ADAM, **options)
 
 
 def test_replicas_have_one_policy() -> None:
     with pytest.raises(OptionError, match="one policy"):
-        Replicas([SVI(Model(), Guide(), ADAM, nonfinite=p) for p in ("stop", "skip")], good())
+        Replicas([make(Model(), Guide(), ADAM, nonfinite=p) for p in ("stop", "skip")], good())
+
+
+# --- through fit -----------------------------------------------------------------------------------------------------
+
+
+def touchy(x: Tensor) -> None:
+    """Its loss overflows for draws of m above a threshold."""
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal((60 * (m - 1.0)).exp() + m, 1.0), obs=x)
+
+
+def touchy_guide(*_: Any) -> NoisyGuide:
+    return NoisyGuide(0.5)
+
+
+def test_fit_skips_in_all_modes_alike_and_keeps_skipped_steps_out_of_the_history() -> None:
+    options: dict[str, Any] = {"epochs": 4, "batch_size": 2, "lr": 1e-3, "nonfinite": "skip", "skips": 20}
+    x = good()[0]
+    seeds = {"seed": [0, 3]}
+    many = fit(lambda: touchy, touchy_guide, x, replicas=seeds, compile="trace", **options)
+    for compile in (False, "trace"):
+        for seed, other in zip(seeds["seed"], many, strict=True):
+            one = fit(touchy, touchy_guide(), x, seed=seed, compile=compile, **options)
+            assert one.steps == other.steps == 16 and one.error is None is other.error
+            assert one.history["elbo"].tolist() == pytest.approx(other.history["elbo"].tolist(), rel=1e-3)
+            assert one.history["elbo"].notna().all()
+            for mine, its in zip(one.guide.parameters(), other.guide.parameters(), strict=True):  # type: ignore[attr-defined]
+                assert torch.allclose(mine, its, atol=1e-5)
+    options["skips"] = 1
+    with pytest.raises(TrainingError, match="skipped before it: 1 of at most 1") as error:
+        fit(touchy, touchy_guide(), x, seed=3, compile="trace", **options)
+    frozen = fit(lambda: touchy, touchy_guide, x, replicas=seeds, compile="trace", **options)[1]
+    assert frozen.error == f"replica 1 (seed 3), {error.value}; it is frozen"
+    assert frozen.steps == error.value.fit.steps == 9  # type: ignore[attr-defined]
+    assert frozen.stopped == "a value was not finite at step 10"
+
+
+@pytest.mark.parametrize("replicas", [None, 2])
+def test_a_run_that_skips_resumes_to_the_same_numbers(replicas: int | None, tmp_path: Any) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "lr": 1e-3, "nonfinite": "skip", "skips": 20, "compile": "trace"}
+    x = good()[0]
+
+    def run(epochs: int, **more: Any) -> list[Any]:
+        model: Any = touchy if replicas is None else lambda: touchy
+        guide: Any = touchy_guide() if replicas is None else touchy_guide
+        found: Any = fit(model, guide, x, epochs=epochs, seed=3, replicas=replicas, **options, **more)
+        return [found] if replicas is None else found
+
+    whole = run(8)
+    run(4, checkpoint=tmp_path)
+    for one, other in zip(whole, run(8, checkpoint=tmp_path), strict=True):
+        assert one.steps == other.steps == 32
+        assert one.history["elbo"].tolist() == other.history["elbo"].tolist()
+        assert all(torch.equal(a, b) for a, b in zip(one.guide.parameters(), other.guide.parameters(), strict=True))
+
+
+def test_three_causes_have_three_messages() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, y = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(20)
+    texts = []
+    for value in (math.nan, math.inf):
+        bad = x.clone()
+        bad[3, 1] = value
+        with pytest.raises(DataError) as refused:
+            fit(model, AutoNormal(model), bad, y, epochs=1)
+        texts.append(str(refused.value))
+    with pytest.raises(TrainingError) as stopped:
+        fit(model, AutoNormal(model), x, y, epochs=300, lr=200.0)
+    texts.append(str(stopped.value))
+    assert "NaN" in texts[0] and "row" in texts[0] and "inf" in texts[1] and "row" in texts[1]
+    assert "step " in texts[2] and "the parameters blew up" in texts[2] and "smaller learning rate" in texts[2]
+    assert len(set(texts)) == 3
