@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -145,10 +146,14 @@ class Report:
 
     def html(self) -> str:
         page = environment().get_template("evaluation.html.j2")
+        # the page sets every other hyphen as a minus sign
         tables = [
-            {"title": t.title, "text": t.text, "heads": t.heads, "rows": t.rows, "few": len(t.heads) < 4}
+            {
+                "title": t.title, "text": t.text, "heads": t.heads, "few": len(t.heads) < 4,
+                "rows": [[re.sub(r"(?<=[A-Za-z])-|-(?=[A-Za-z])", "\u2010", cell) for cell in row] for row in t.rows],
+            }
             for t in self.tables()
-        ]
+        ]  # fmt: skip
         return page.render(
             title=self.title(), headline=self.results.suite.summary, verdicts=self.verdicts(), tables=tables,
             figures=shown(self.figures()), notes=self.notes(), colours=len(COLOURS), facts=self.facts(),
