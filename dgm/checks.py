@@ -11,7 +11,7 @@ from pyro.distributions import Unit
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from torch import Tensor, nn
 
-from .data import check_inside, check_support, kind_of, plain_support, transformed
+from .data import transformed
 from .errors import DataError, DGMError, GuideError, ModelError
 from .heldout import ROWS
 from .hints import Lines, misplaced
@@ -21,6 +21,7 @@ from .pair import Pair
 from .programs import Program, preserved_rng, program_name
 from .sites import Latents, read, trace_once
 from .structure import check_plate_rows, warn_of_draws
+from .support import check_inside, check_support, kind_of, plain_support
 
 
 def check_observed(model: Program, batch: Sequence[Any], plates: Iterable[str], rows: int | None = None) -> Latents:

@@ -17,9 +17,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .data import array_names, kind_of
+from .data import array_names
 from .errors import DGMError, without_shapes
 from .programs import Program, owner
+from .support import kind_of
 
 _ROOTS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (pyro.__file__, torch.__file__, __file__))
 

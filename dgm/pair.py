@@ -21,7 +21,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .data import kind_of
 from .errors import DGMError, GuideError, ModelError, OptionError, did_you_mean
 from .hints import Lines, failure, misplaced, unwritten
 from .noise import Recorded, replaying
@@ -40,6 +39,7 @@ from .programs import (
     with_home,
 )
 from .sites import DATA_PLATE, Latents, Site, read, support_name
+from .support import kind_of
 
 _ROWS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("rows", default=None)
 

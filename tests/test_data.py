@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import dgm.data
-from dgm.data import as_tensors, batches, check_batch_size, check_support, split
+from dgm.data import as_tensors, batches, check_batch_size, split
 from dgm.errors import DataError, OptionError
+from dgm.support import check_support
 
 NAN, INF = float("nan"), float("inf")
 
