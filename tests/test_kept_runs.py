@@ -156,6 +156,17 @@ def test_a_folder_of_a_newer_version_or_a_damaged_one_is_refused(tmp_path: Path)
             short(tmp_path, seeds=1)
 
 
+def test_workers_start_after_threads_have_run(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.isfinite(torch.randn(400, 400) @ torch.randn(400, 400)).all()  # a fork would now hang
+    finally:
+        torch.set_num_threads(before)
+    here, there = short(seeds=1), short(tmp_path, seeds=1, jobs=2)
+    same(here, there)
+
+
 def test_one_killed_worker_loses_no_other_run(tmp_path: Path) -> None:
     (tmp_path / "lives").write_bytes(b"x")
     result = short(guides={"deadly": Deadly(tmp_path / "lives"), **GUIDES}, jobs=2, seeds=1)
