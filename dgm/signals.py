@@ -12,6 +12,9 @@ from typing import Any
 
 __all__ = ["Asked", "deferred"]
 
+PATIENCE = 5.0
+"""Seconds that a step may take to end by itself; one that hangs (a network drive, a compiler) is thrown out of."""
+
 
 class Asked:
     """Whether somebody asked the training to stop: the number of the signal, 0 for none."""
@@ -26,21 +29,23 @@ class Asked:
 def deferred(*, terminate: bool) -> Iterator[Asked]:
     """Collect SIGINT, and SIGTERM where `terminate`, instead of being thrown out of the middle of an update.
 
-    A second Ctrl-C interrupts at once. Only the main thread may set handlers: elsewhere nothing changes. Handlers are
-    put back; a program's own SIGTERM handler and an ignored SIGINT (nohup) are left alone.
+    A second one, or five seconds without an end of the step, interrupts at once. Only the main thread may set
+    handlers: elsewhere nothing changes. Handlers are put back; a program's own SIGTERM handler and an ignored SIGINT
+    (nohup) are left alone.
 
     >>> with deferred(terminate=False) as asked:
     ...     bool(asked)
     False
     """
-    asked, before = Asked(), {}
+    asked, before, again = Asked(), {}, _Again()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if asked:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         asked.signal = number
         if number == signal.SIGINT:
             print("stopping after this step; Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+        again.after(PATIENCE, number)
 
     wanted: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
     if terminate:
@@ -52,5 +57,21 @@ def deferred(*, terminate: bool) -> Iterator[Asked]:
     try:
         yield asked
     finally:
+        again.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Again:
+    """Sends a signal to the main thread once more, unless it is called off."""
+
+    timer: threading.Timer | None = None
+
+    def after(self, seconds: float, number: int) -> None:
+        self.timer = threading.Timer(seconds, signal.pthread_kill, (threading.main_thread().ident, number))
+        self.timer.daemon = True
+        self.timer.start()
+
+    def cancel(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()

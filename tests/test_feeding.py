@@ -368,6 +368,7 @@ def test_ctrl_c_while_a_file_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(MappedArray, "read", hang)
     monkeypatch.setattr("dgm.feeding.PATIENCE", 0.2)
+    monkeypatch.setattr("dgm.signals.PATIENCE", 0.2)
     start = time.monotonic()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without one
     try:
