@@ -92,8 +92,10 @@ class Workers:
                         free.append(pool)
                     yield Finished(item, None if error is not None else future.result(), error)
         finally:
-            for pool in [*free, *(pool for pool, _ in running.values())]:
+            for pool, _ in running.values():
                 pool.shutdown(wait=False, kill_workers=True)
+            for pool in free:
+                pool.shutdown(wait=True)
 
 
 def _worker() -> Any:
