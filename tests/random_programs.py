@@ -207,7 +207,7 @@ class Program(PyroModule):
             rowwise = at
             if inputs:
                 seen = self.net(inputs[0]).squeeze(-1) if spec.network else inputs[0].sum(-1)
-                rowwise = rowwise + seen.reshape(-1, *[1] * (-plate.dim - 1)).tanh()
+                rowwise = rowwise + seen.reshape(-1, *[1] * (-(plate.dim or -1) - 1)).tanh()
             for latent in spec.latents:
                 if latent.local:
                     rowwise = rowwise + self._summary(latent, like, rowwise, groups)
