@@ -86,13 +86,10 @@ def _too_high(case: Any, course: Course) -> Iterator[Finding]:
         part="training",
         harm=2,
         evidence=(
-            f"at lr={case.lr:.3g} the bound of one batch shakes by ±{spread:.3g} nats a datum in the second half of "
-            f"{course.steps} steps and ends {fall:.3g} below its best look"
+            f"at lr={case.lr:.3g} the bound rises by {course.gain:.3g} nats a datum in {course.steps} steps, at a "
+            f"tenth of it by {other.gain:.3g}; in the second half it shakes by ±{spread:.2g} ending {fall:.2g} below its best"
         ),
-        consequence="the parameters jump about the optimum, and where training stops is chance",
-        cure=(
-            f"lr={rate:.3g}: in the same steps the bound rises by {best.gain:.3g} nats a datum instead of "
-            f"{course.gain:.3g} here; or a schedule that lowers it"
-        ),
+        consequence="the parameters jump about the optimum, units die, and where training stops is chance",
+        cure=(f"lr={rate:.3g}, which gains {best.gain:.3g} nats a datum here; or a schedule that lowers it"),
         size=best.gain - course.gain,
     )

@@ -71,10 +71,7 @@ def _bounds(case: Any, pair: Pair) -> dict[float, float] | None:
             for run in runs:
                 run.compute_log_prob()
             entropy = -sum(float(n["log_prob_sum"]) for run in runs for n in _samples(run)) / DRAWS
-            draws = [
-                torch.stack([p.pack({s.name: run.nodes[s.name]["value"] for s in p.sites}) for run in runs])
-                for p in packings
-            ]
+            draws = [torch.stack([p.pack(_values(p, run)) for run in runs]) for p in packings]
             if not all(torch.isfinite(u).all() for u in draws) or all(bool((u == u[0]).all()) for u in draws):
                 return None
             found = {}
@@ -89,6 +86,10 @@ def _bounds(case: Any, pair: Pair) -> dict[float, float] | None:
                 total = density / DRAWS + jacobian + entropy + sum(sizes) * math.log(t)
                 found[t] = total / case.source.rows
     return found if all(math.isfinite(v) for v in found.values()) else None
+
+
+def _values(packing: Packing, run: Any) -> dict[str, Tensor]:
+    return {site.name: run.nodes[site.name]["value"] for site in packing.sites}
 
 
 def _packings(latents: Latents) -> list[Packing]:
