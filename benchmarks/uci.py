@@ -7,6 +7,8 @@ noise scale is latent, LogNormal(-1, 1). Every guide has the same Adam steps in 
 1.5 decades; step size, decay and the order of the number of steps were chosen on splits 10 and 11 of boston and yacht
 and are the same for all sets and guides. Training is longer than the 40 epochs of most published rows, which
 under-train variational inference: being better than those rows proves little. All splits of a set are trained at once.
+SWAG collects for some steps more. Hamiltonian Monte Carlo runs on the small sets, with the R-hat of its predictions; it
+starts wide about the network's own initial weights.
 
     dgm bench run uci --budget short --jobs 2
 """
@@ -14,7 +16,7 @@ under-train variational inference: being better than those rows proves little. A
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,7 @@ import dgm
 from dgm.bench_cells import Cell, Metric, Suite
 from dgm.bench_registry import means_of, published
 from dgm.bench_results import Results
+from dgm.chains import sample_chains
 from dgm.files import Dataset
 from dgm.guides.dropout import Dropout
 from dgm.guides.ensemble import Ensemble
@@ -38,7 +41,10 @@ from dgm.guides.per_layer import PerLayer
 from dgm.guides.rank_one import RankOne
 from dgm.guides.stein import Stein
 from dgm.guides.swag import SWAG
+from dgm.metrics import GaussianPrediction
 from dgm.models.bnn import BNN
+from dgm.predictive import scores_of
+from dgm.programs import preserved_rng
 from dgm.registry import families
 
 FAMILIES = ("point", "diagonal-normal", "low-rank-normal", "radial-normal", "mixture", "inverse-autoregressive-flow")
@@ -60,6 +66,13 @@ EPOCHS = {  # about 12 to 30 thousand steps of 100 rows each
     "yacht": 4000, "boston": 3000, "energy": 2200, "concrete": 1600, "wine": 1000, "kin8nm": 300, "power": 250,
     "naval": 250, "protein": 60,
 }  # fmt: skip
+HMC = "HMC"
+SMALL = ("yacht", "boston", "energy", "concrete", "wine")
+CHAINS: dict[str, dict[str, int]] = {  # 85 and 700 thousand gradients of each chain
+    "smoke": {},
+    "short": {"chains": 8, "warmup": 300, "draws": 200, "leapfrogs": 200, "splits": 5},
+    "full": {"chains": 8, "warmup": 600, "draws": 400, "leapfrogs": 800, "splits": 20},
+}
 LARGE = ("kin8nm", "power", "naval", "protein")
 BUDGET: dict[str, dict[str, Any]] = {
     "smoke": {"sets": ("yacht", "boston"), "splits": (2, 2), "share": 0.01, "draws": 100, "compile": "trace"},
@@ -95,15 +108,20 @@ def cells(budget: str) -> list[Cell]:
                 Cell(f"uci-{name}", guide, split, settings)
                 for split in range(min(splits, 5) if name == "protein" else splits)
             ]
+        chains = CHAINS[budget]
+        if chains and name in SMALL:
+            found += [Cell(f"uci-{name}", HMC, split, {"hidden": 50, **chains}) for split in range(chains["splits"])]
     return found
 
 
-def run(cells: Sequence[Cell]) -> Sequence[Any]:
+def run(cells: Sequence[Cell]) -> Any:
     """A row for each split of one guide on one set; all are trained at once, where the guide allows it.
 
     Each split has its own standardisation, so their training rows stand one after another in one tensor, and replica k
     has the rows of split k; its seed is the split.
     """
+    if cells[0].guide == HMC:
+        return chains_of(cells)
     settings, splits = cells[0].settings, [cell.repeat for cell in cells]
     parts = [dgm.load(cells[0].task, split=split) for split in splits]
     train = tuple(torch.cat(columns) for columns in zip(*(part.train for part in parts), strict=True))
@@ -116,6 +134,23 @@ def run(cells: Sequence[Cell]) -> Sequence[Any]:
         schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=decay),
     )  # fmt: skip
     return [_row(fit, part, cell) for fit, part, cell in zip(fits, parts, cells, strict=True)]
+
+
+def chains_of(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
+    """Hamiltonian Monte Carlo on all training rows of each split."""
+    for cell in cells:
+        part, settings = dgm.load(cell.task, split=cell.repeat), cell.settings
+        with preserved_rng(cell.repeat):
+            model = make_bnn(part.train[0].shape[1], settings["hidden"])
+        protocol = {name: settings[name] for name in ("chains", "warmup", "draws", "leapfrogs")}
+        chains = sample_chains(model, *part.train, seed=cell.repeat, **protocol)
+        prediction = chains.predict(*part.test, y_std=part.y_std)
+        if not isinstance(prediction, GaussianPrediction):
+            raise TypeError(f"{cell.task} is no regression")
+        found = scores_of(prediction)
+        scores = {name: found[name] for name in KEPT if name in found}
+        rhat = float(chains.prediction_mixing(*part.test)[0].max())
+        yield {**scores, "parameters": 0, "rhat": rhat, "divergences": chains.divergences, "seconds": chains.seconds}
 
 
 def _row(fit: Any, part: Dataset, cell: Cell) -> Any:
@@ -133,6 +168,8 @@ def _row(fit: Any, part: Dataset, cell: Cell) -> Any:
 
 def seconds(cell: Cell) -> float:
     """A rough estimate: compilation shared by the splits, 0.03 ms a step, and the evaluation."""
+    if cell.guide == HMC:
+        return 2e-4 * cell.settings["leapfrogs"] * (cell.settings["warmup"] + cell.settings["draws"])
     rows = {"yacht": 277, "boston": 455, "energy": 691, "concrete": 927, "wine": 1439, "kin8nm": 7373, "power": 8611}
     known = {**rows, "naval": 10741, "protein": 41157}[cell.task.removeprefix("uci-")]
     steps = -(-known // cell.settings["batch_size"]) * cell.settings["epochs"]
@@ -183,6 +220,9 @@ SUITE = Suite(
         Metric("crps", "lower", "CRPS", "continuous ranked probability score, units of y"),
         Metric("coverage_90", None, "90 % covers", "share of test rows in their central 90 % interval"),
         Metric("calibration_error", "lower", "calibration", "mean gap between stated and observed probability"),
+        Metric(
+            "rhat", None, "R-hat", "of HMC's predictive means, the largest of a test row: far from 1 it has not mixed"
+        ),
     ],
     summary="UCI regression by the PBP protocol: nine sets, published splits, a 1 x 50 ReLU network under many guides",
     repeats="split",

@@ -63,8 +63,8 @@ def find_suite(name: str) -> Suite:
             raise OptionError(f"no suite {name!r}: {did_you_mean(key, known)}")
         try:
             module = importlib.import_module(known[key][0].partition(":")[0])
-        except ImportError as error:
-            raise ModelError(f"suite {name!r} cannot be imported: {error}") from error
+        except Exception as error:  # code of others may fail in any way
+            raise ModelError(f"suite {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     suite = getattr(module, "SUITE", None)
     if not isinstance(suite, Suite):
         raise ModelError(f"{name} has no SUITE: expected `SUITE = Suite(...)` of dgm.bench_cells")
