@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,13 @@ log = logging.getLogger("dgm")
 class ReplicaGuard:
     """Looks at the loss and the gradient's norm of every replica, each by the `Guard` of its own pair.
 
-    On a processor, or where steps are skipped, it looks at each step. A GPU would have to wait for that: there a step
-    freezes who is not finite by itself, and the report is made when the losses are read, with the noise drawn again
-    from where the generators then stood.
+    A step freezes who is not finite by itself: nothing has to wait for it. The report is made when the losses are read,
+    with the noise drawn again from where the generators stood the last time. Where steps are skipped the parameters
+    would have moved on by then, and batches that are no mere choice of rows are not kept: these are looked at at once.
 
     Attributes:
         errors: the report of each replica that is frozen, by its place in the stack.
+        at_once: whether every step is looked at at once; None to decide as said.
     """
 
     def __init__(self, owner: Replicas, names: Sequence[str] | None):
@@ -39,7 +41,7 @@ class ReplicaGuard:
         self.owner = owner
         self.freeze = policies == {"stop"}
         self.names = [f"replica {k}" for k in range(owner.count)] if names is None else list(names)
-        self.at_once = owner.device.type == "cpu" or not self.freeze
+        self.at_once: bool | None = None if self.freeze else True
         self.errors: dict[int, str] = {}
         self._past: list[tuple[ReplicaGraph, Tensor | None, bool]] = []
         self._states: list[Tensor] = []
@@ -47,36 +49,38 @@ class ReplicaGuard:
 
     def before(self) -> None:
         """Before the noise of a step is drawn."""
-        if self.at_once:
-            self._alive = self.owner.alive.cpu().numpy().copy()
-        elif not self._past:
+        if self._alive is None:
             self._alive = self.owner.alive.clone()
             self._states = [generator.get_state() for generator in self.owner.generators]
 
     def after(self, shape: ReplicaGraph, made: Tensor, index: Tensor | None, batch: Sequence[Tensor] | None) -> None:
         """Look at the losses and norms of a step, `(2, K)`."""
-        if not self.at_once:
-            self._past.append((shape, index, batch is None))
+        self._past.append((shape, index, batch is None))
+        at_once = batch is not None and self.owner.device.type == "cpu" if self.at_once is None else self.at_once
+        if not at_once or math.isfinite(float(made.sum())):
             return
-        finite = np.isfinite(made.cpu().numpy())
-        if finite.all():
-            return
-        for k in np.flatnonzero(self._alive & ~finite.all(0)).tolist():
+        for k in self._bad(np.isfinite(made.cpu().numpy()).all(0)):
             noise = [eps[k] for eps in shape.noise]
             self._meet(k, self.owner.steps, float(made[0, k]), index, batch, noise)
 
     def read(self, made: np.ndarray) -> None:
         """Look at the losses and norms of all steps since the last time, `(steps, 2, K)`."""
         past, self._past = self._past, []
-        if self.at_once or not past:
+        if not past:
             return
         finite = np.isfinite(made[-len(past) :]).all(1)  # (steps, K)
-        for k in np.flatnonzero(self._alive.cpu().numpy() & ~finite.all(0)).tolist():
+        for k in self._bad(finite.all(0)) if self.freeze else []:
             first = int(np.flatnonzero(~finite[:, k])[0])
             _, index, kept = past[first]
             noise = self._redrawn(k, [shape for shape, _, _ in past[: first + 1]]) if kept else None
             number = self.owner.steps - len(past) + first + 1
             self._meet(k, number, float(made[-len(past) + first, 0, k]), index, None, noise)
+        self._alive = None
+
+    def _bad(self, finite: np.ndarray) -> list[int]:
+        """Who of the replicas that took part is not finite."""
+        took = self._alive.cpu().numpy()
+        return [k for k in np.flatnonzero(took & ~finite).tolist() if k not in self.errors]
 
     def _redrawn(self, k: int, shapes: Sequence[ReplicaGraph]) -> list[Tensor]:
         generator = torch.Generator(self.owner.device)

@@ -218,8 +218,13 @@ class Replicas:
 
     def losses(self) -> np.ndarray:
         """Losses and gradient norms of the steps since the last call, `(steps, 2, K)`."""
-        trail, self._trail = self._trail, []
-        made = torch.stack(trail).double().cpu().numpy() if trail else np.zeros((0, 2, self.count))
+        made = self._look()
+        self._trail = []
+        return made
+
+    def _look(self) -> np.ndarray:
+        """The losses that nobody has read yet; who is not finite among them is reported."""
+        made = torch.stack(self._trail).double().cpu().numpy() if self._trail else np.zeros((0, 2, self.count))
         self.guard.read(made)
         return made
 
@@ -232,6 +237,7 @@ class Replicas:
         """Give every replica its parameters and moments as tensors of its own, and the number of steps made."""
         if not self.parameters:
             return  # nothing was begun
+        self._look()
         for svi, alive in zip(self.svis, self.alive.tolist(), strict=True):
             for p in svi.parameters.values():
                 p.data = p.data.clone()
