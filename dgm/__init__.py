@@ -27,6 +27,8 @@ _WHERE = {
     "start_from": "ladder",
     "log_weights": "weights",
     "log_weight_terms": "weights",
+    "doctor": "doctor",
+    "Diagnosis": "findings",
     "evaluate": "evaluate",
     "Evaluation": "evaluation",
     "Estimate": "estimate",
@@ -51,6 +53,7 @@ __all__ = [
     "Checkpoints",
     "Comparison",
     "Dataset",
+    "Diagnosis",
     "Estimate",
     "Evaluation",
     "Fit",
@@ -62,6 +65,7 @@ __all__ = [
     "annealed_bound",
     "calibrate",
     "compare",
+    "doctor",
     "evaluate",
     "fit",
     "gaps",
@@ -86,9 +90,11 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoints
     from .compare import Comparison, compare
     from .datasets import Dataset, load
+    from .doctor import doctor
     from .estimate import Estimate
     from .evaluate import evaluate
     from .evaluation import Evaluation
+    from .findings import Diagnosis
     from .fit import Fit, fit
     from .gaps import gaps
     from .importance import ImportanceELBO, RenyiELBO, ReweightedWakeSleep
