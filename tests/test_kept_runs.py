@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dgm import Comparison, cell_runs, compare
+from dgm.bench_executors import Finished, WorkerDied
 from dgm.bench_store import MOST_ATTEMPTS
 from dgm.cell_store import SHARED, to_cell, to_record
 from dgm.cells import Cell
@@ -155,6 +156,43 @@ def test_a_folder_of_a_newer_version_or_a_damaged_one_is_refused(tmp_path: Path)
             short(tmp_path, seeds=1)
 
 
+class Losing:
+    """Workers in this process that lose one guide's run as often as told."""
+
+    left = 0
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def map(self, work: Any, items: Any) -> Any:
+        for item in reversed(items):  # in any order
+            if item.name == "point" and Losing.left:
+                Losing.left -= 1
+                yield Finished(item, error=WorkerDied("its process was killed, or ran out of memory"))
+            else:
+                yield Finished(item, work(item))
+
+
+@pytest.mark.parametrize("losses", [0, 1, MOST_ATTEMPTS, 10])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_lost_worker_is_tried_again_a_bounded_number_of_times(
+    losses: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_runs, "Workers", Losing)
+    monkeypatch.setattr(Losing, "left", losses)
+    folder = tmp_path if kept else None
+    result = short(folder, jobs=2, seeds=1)
+    assert list(result.rows["guide"]) == list(GUIDES)  # in their order, whoever came first
+    status = result.rows.set_index("guide")["status"]
+    assert status["diagonal-normal"] == "ok"
+    lost = "WorkerDied: its process was killed, or ran out of memory (3 attempts)"
+    assert status["point"] == ("ok" if losses < MOST_ATTEMPTS else lost)
+    assert Losing.left == max(0, losses - MOST_ATTEMPTS)
+    if kept and losses == 10:  # counted on disk: the next call does not try for ever
+        assert short(folder, jobs=2, seeds=1).rows.set_index("guide")["status"]["point"] == lost
+        assert Losing.left == 10 - MOST_ATTEMPTS
+
+
 @pytest.mark.slow
 def test_workers_start_after_threads_have_run(tmp_path: Path) -> None:
     before = torch.get_num_threads()
@@ -167,6 +205,7 @@ def test_workers_start_after_threads_have_run(tmp_path: Path) -> None:
     same(here, there)
 
 
+@pytest.mark.slow
 def test_one_killed_worker_loses_no_other_run(tmp_path: Path) -> None:
     (tmp_path / "lives").write_bytes(b"x")
     result = short(guides={"deadly": Deadly(tmp_path / "lives"), **GUIDES}, jobs=2, seeds=1)
