@@ -87,7 +87,8 @@ def _too_high(case: Any, course: Course) -> Iterator[Finding]:
         harm=2,
         evidence=(
             f"at lr={case.lr:.3g} the bound rises by {course.gain:.3g} nats a datum in {course.steps} steps, at a "
-            f"tenth of it by {other.gain:.3g}; in the second half it shakes by ±{spread:.2g} ending {fall:.2g} below its best"
+            f"tenth of it by {other.gain:.3g}; in the second half it shakes by ±{spread:.2g} "
+            f"and ends {fall:.2g} below its best"
         ),
         consequence="the parameters jump about the optimum, units die, and where training stops is chance",
         cure=(f"lr={rate:.3g}, which gains {best.gain:.3g} nats a datum here; or a schedule that lowers it"),
