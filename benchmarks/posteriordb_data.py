@@ -58,20 +58,25 @@ def folder_of(folder: str | os.PathLike[str] | None = None) -> Path:
     """The folder that holds `posteriors/`.
 
     Args:
-        folder: a checkout; None for `posteriordb` in the folder that the environment variable DGM_DATA names.
+        folder: a checkout; None for that of the environment variable POSTERIORDB, else `posteriordb` in the folder that
+            DGM_DATA names.
 
     Raises:
         DataError: there is none.
     """
+    folder = folder if folder is not None else os.environ.get("POSTERIORDB")
     if folder is None and "DGM_DATA" not in os.environ:
-        raise DataError("no folder of posteriordb: give --folder, or set DGM_DATA to the folder that posteriordb is in")
+        raise DataError(
+            "no folder of posteriordb: set POSTERIORDB to a checkout of https://github.com/stan-dev/posteriordb, or "
+            "DGM_DATA to the folder that posteriordb is in"
+        )
     root = Path(folder) if folder is not None else Path(os.environ["DGM_DATA"]) / "posteriordb"
     for place in (root, root / "posterior_database"):
         if (place / "posteriors").is_dir():
             return place
     raise DataError(
         f"{root} is no checkout of posteriordb: expected a folder with posteriors/ in it; "
-        "git clone https://github.com/stan-dev/posteriordb and give its folder by --folder"
+        "git clone https://github.com/stan-dev/posteriordb and set POSTERIORDB to its folder"
     )
 
 

@@ -60,7 +60,8 @@ class Report:
         lacking, failed = results.missing, len(results.failed)
         if lacking or failed:
             done = len(results.rows)
-            said = f"{done} of {done + lacking} cells are finished, {failed} of them failed."
+            skipped = f"; for want of data skipped: {', '.join(results.skipped)}" if results.skipped else ""
+            said = f"{done} of {done + lacking} cells are finished, {failed} of them failed{skipped}."
             out.append(_verdict("caution", said, "the same command again computes what is missing"))
         return out
 

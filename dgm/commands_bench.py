@@ -40,7 +40,7 @@ def run_bench(
     renew: bool = False,
     retry: bool = False,
 ) -> int:
-    """Run a suite, print its verdicts, write its report; 1 where a cell failed or a number is outside its tolerance."""
+    """Run a suite, tell its verdicts, write its report; 1 where a cell failed, was skipped, or is outside its tolerance."""
     suite = find_suite(name)
     folder = out if out is not None else Path("dgm-runs") / f"bench-{suite.name}-{budget}"
     if jobs > joblib.cpu_count():
@@ -62,7 +62,7 @@ def run_bench(
     page = write_report(report, folder)
     _tell(report)
     print(f"rows: {folder / 'rows.parquet'}    report: {page}")
-    return SOME_FAILED if len(results.failed) or len(report.missed) else OK
+    return SOME_FAILED if len(results.failed) or results.skipped or len(report.missed) else OK
 
 
 def _tell(report: Report) -> None:

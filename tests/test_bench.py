@@ -272,6 +272,9 @@ def test_data_that_are_missing(toy: str, tmp_path: Path, monkeypatch: pytest.Mon
     results = run(toy, tmp_path / "out")
     assert len(results.rows) == 6 and results.missing == 6
     assert dict(results.skipped) == {"b": "put numbers.csv in <folder>"}
+    told = call("run", toy, "--budget", "smoke", "--out", str(tmp_path / "out"))
+    assert told.exit_code == 1 and "for want of data skipped: b" in told.stdout
+    assert "put numbers.csv in &lt;folder>" in (tmp_path / "out" / "report.md").read_text()
     monkeypatch.delenv("TOY_LACKS")
     assert run(toy, tmp_path / "out").missing == 0
 
