@@ -40,7 +40,7 @@ def run_bench(
     renew: bool = False,
     retry: bool = False,
 ) -> int:
-    """Run a suite, tell its verdicts, write its report; 1 where a cell failed, was skipped, or is outside its tolerance."""
+    """Run a suite, tell its verdicts, write its report; 1 where a cell failed, was skipped, or misses its tolerance."""
     suite = find_suite(name)
     folder = out if out is not None else Path("dgm-runs") / f"bench-{suite.name}-{budget}"
     if jobs > joblib.cpu_count():
