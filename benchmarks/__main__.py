@@ -17,6 +17,7 @@ SUITES = (
     "families_by_encoder",
     "gaps",
     "gold",
+    "guards",
     "posteriordb",
     "speed",
     "targets",

@@ -178,7 +178,7 @@ def checkpoint_cost(case: Case, mode: str, seconds: float) -> dict[str, Any]:
         else:
             pairs = [case.pair(seed) for seed in range(case.replicas)]
             models, guides = [model for model, _ in pairs], [guide for _, guide in pairs]
-            dgm.fit(models, guides, *case.data, replicas=case.replicas, checkpoint=kept, **options)  # type: ignore[call-overload]
+            dgm.fit(models, guides, *case.data, replicas=case.replicas, checkpoint=kept, **options)
         total = time.perf_counter() - start, time.process_time() - cpu
     return {
         "case": case.name, "mode": mode, "seconds_between": seconds, "saves": len(saves), "wall_s": total[0],
