@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -315,15 +316,11 @@ def test_unknown_suites(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time(toy: str, tmp_path: Path) -> None:
-    """A holder that is another process: its lock is the kernel's."""
-    import fcntl
-
     out = tmp_path / "out"
-    with locked(out) as held:
-        code = f"import sys; sys.path[:] = {sys.path!r}\nfrom dgm.lock import locked\nwith locked({str(held)!r}): pass"
-        assert fcntl is not None
-        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode and "is in use by process" in process.stderr
+    with locked(out), ThreadPoolExecutor(1) as other:
+        refused = other.submit(run, toy, out).exception()
+    assert isinstance(refused, OptionError) and "is in use by" in str(refused) and not (tmp_path / "begun").exists()
+    assert len(run(toy, out).rows) == 12
 
 
 def test_a_disk_that_is_full(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
