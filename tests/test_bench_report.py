@@ -272,3 +272,17 @@ def test_budgets_of_the_exact_suite() -> None:
     smoke = {c.guide for c in exact.cells("smoke")}
     assert set(exact.FAMILIES) | set(exact.ESTIMATORS) <= smoke
     assert len(exact.cells("smoke")) < len(exact.cells("short")) < len(exact.cells("full"))
+
+
+def test_budgets_of_uci_and_posteriordb() -> None:
+    from dgm.benchmarks import posteriordb, uci
+
+    short = uci.cells("short")
+    assert {c.task.removeprefix("uci-") for c in short} == set(uci.EPOCHS) and len(set(uci.EPOCHS)) == 9
+    splits = {name: len([c for c in short if c.task == f"uci-{name}" and c.guide == "point"]) for name in uci.EPOCHS}
+    assert all(count == (5 if name in uci.LARGE else 20) for name, count in splits.items())
+    assert len({c.guide for c in short}) >= 8 and all(uci.guide_of(name) is not None for name in uci.GUIDES)
+    assert {p.task for p in published("uci")} == {c.task for c in short}
+    assert all(uci.seconds(cell) > 0 for cell in short)
+    wanted = {c.task for c in posteriordb.cells("short")}
+    assert len(wanted) == 16 and len(posteriordb.cells("smoke")) == 6
