@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from .course import Course, run_course
@@ -19,10 +21,10 @@ from .feeding import Loaded, Memory
 from .heldout import spaced
 from .latent_diagnostics import LatentDiagnostics, latent_diagnostics
 from .pair import Pair, chunk_of
-from .programs import owner
+from .programs import Program, owner
 from .sites import DATA_PLATE, Latents
 
-__all__ = ["Case", "NotSeen", "copied"]
+__all__ = ["Case", "NotSeen", "copied", "copied_programs"]
 
 
 ROWS = 500
@@ -53,6 +55,7 @@ class Case:
     sizes: full sizes of the data plates. held_out: rows that are not trained on, or None.
     lr, steps, seed, loss: as `doctor` was told.
     notes: what a symptom has to say that is no mistake.
+    why, unread: why there was no training; why the pair could not be read.
     """
 
     first: Pair
@@ -70,15 +73,17 @@ class Case:
     renew: Callable[[], Memory | Loaded] | None = None
     trained: Pair | None = None
     why: str = ""
+    unread: str = ""
     held: dict[str, Any] = field(default_factory=dict)
     trials: dict[Any, tuple[Pair, Course]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     diagnostics: dict[Pair, LatentDiagnostics] = field(default_factory=dict)
 
     def _get(self, name: str) -> Any:
-        if name not in self.held:
-            raise NotSeen(self.why or "there was no training")
-        return self.held[name]
+        found = self.held.get(name)
+        if found is None:
+            raise NotSeen(self.why or self.unread or "there was no training")
+        return found
 
     @property
     def course(self) -> Course:
@@ -219,10 +224,30 @@ def quietly() -> Iterator[None]:
 
 
 def copied(pair: Pair, loss: Any = None) -> Pair:
-    """The same pair anew: modules are copied together, so that what they share stays shared; functions stay."""
-    model, guide = copy.deepcopy((pair.model, pair.guide))
-    for program in (model, guide):
-        home = owner(program)
-        if home is not None:
-            home.__dict__.pop("pyro_modules", None)  # of what a function closes over, itself not copied
-    return Pair(model, guide, loss)
+    """The same pair anew, to be trained by itself."""
+    return Pair(*copied_programs(pair.model, pair.guide), loss)
+
+
+def copied_programs(model: Program, guide: Program) -> tuple[Program, Program]:
+    """Modules copied together, so that what they share stays shared; functions as they are.
+
+    A copy takes the model from Pyro's autoguides, the original ones among them: all are given theirs again.
+    """
+    home = owner(guide)
+    parts = [part for part in (home.modules() if home is not None else ()) if isinstance(part, AutoGuide)]
+    held = [(part, part._model, part.master) for part in parts]
+    memo: dict[int, Any] = {}
+    try:
+        twins = copy.deepcopy((model, guide), memo)
+    finally:
+        for part, inner, master in held:
+            part.__dict__.update(_model=inner, master=master)
+    for part, inner, master in held:
+        twin, leader = memo[id(part)], memo.get(id(master())) if master is not None else None
+        twin.__dict__["_model"] = None if inner is None else (memo.get(id(inner[0]), inner[0]),)
+        twin.__dict__["master"] = None if leader is None else weakref.ref(leader)
+    for program in twins:
+        copied_home = owner(program)
+        if copied_home is not None:
+            copied_home.__dict__.pop("pyro_modules", None)  # of what a function closes over, itself not copied
+    return twins

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import inspect
 import time
@@ -13,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .case import Case, NotSeen, copied
+from .case import Case, NotSeen, copied, copied_programs, quietly
 from .checks import check_all_rows
 from .course import run_course
-from .dataflow import read_pair
+from .dataflow import Reading, read_pair
 from .errors import DataError, DGMError, GuideError, ModelError, OptionError, did_you_mean
 from .feeding import Batch, Loaded, Memory, Transform, _sources
 from .findings import Diagnosis, Finding
 from .heldout import spaced
 from .mapped import MappedArray
 from .optim import adam
-from .pair import Pair, chunk_of
-from .programs import Program, owner, preserved_rng
+from .pair import Pair, batch_rows, chunk_of
+from .posthoc import finishers
+from .programs import Program, owner, preserved_rng, program_name
 from .sites import DATA_PLATE
 from .starting import maker
 from .symptoms import Look, symptoms
@@ -128,7 +128,7 @@ def _case(
                 "maker (model, *batch) -> guide"
             )
         if attached:
-            own, guide = copy.deepcopy((model, guide))
+            own, guide = copied_programs(model, guide)
         else:
             own = make()
         stack.enter_context(_restored(own, guide))
@@ -217,36 +217,40 @@ def _rows(source: Memory | Loaded, seed: int) -> tuple[Batch, Tensor]:
 
 def _train(case: Case, found: list[Finding]) -> None:
     """Read the pair, train a copy of it, read that; what fails stands in the case with its reason."""
-    total = case.source.rows
-
-    def reading(pair: Pair) -> Any:
-        with chunk_of(total, case.places):
-            return read_pair(pair, case.rows, case.seed, case.sizes)
-
+    if case.why:  # the data were refused: what can be read off the program is read all the same
+        case.held["before"] = _reading(case, case.first)
+        return
     refused: list[Finding] = []
-    if not case.why.startswith("the checks"):
-        with _refusals(refused):
-            case.held["latents"] = case.first.check(case.batch, case.plates)
-    with _refusals([] if refused or case.why.startswith("the checks") else refused):
-        case.held["before"] = reading(case.first)
-    if not refused and not case.why.startswith("the checks"):
+    with _refusals(refused), batch_rows(case.index):
+        case.held["latents"] = case.first.check(case.batch, case.plates)
+    case.held["before"] = _reading(case, case.first)
+    if not refused and finishers(case.first.guide) and not case.first.parameters():
+        case.why = f"{program_name(case.first.guide)} is made by its finish, without a training"
+        return
+    if not refused:
         with _refusals(refused):
             pair = copied(case.first, case.loss)
-            course = run_course(
-                pair.model,
-                pair.guide,
-                case.source,
-                steps=case.steps,
-                lr=case.lr,
-                loss=case.loss,
-                sizes=case.sizes,
-                seed=case.seed,
-            )
+            options: dict[str, Any] = {"steps": case.steps, "lr": case.lr, "loss": case.loss, "seed": case.seed}
+            with quietly():
+                course = run_course(pair.model, pair.guide, case.source, sizes=case.sizes, **options)
             case.held["course"], case.trained = course, pair
-            case.held["after"] = reading(pair)
+            case.held["after"] = _reading(case, pair)
     if refused:
         case.why = "the checks before the training refused the pair"
     found += refused
+
+
+def _reading(case: Case, pair: Pair) -> Reading | None:
+    """One run on the rows to look at; on the first minibatch where the pair takes no others."""
+    for rows, places in ((case.rows, case.places), (case.batch, case.index)):
+        try:
+            with chunk_of(case.source.rows, places):
+                found = read_pair(pair, rows, case.seed, case.sizes)
+            case.rows, case.places = rows, places
+            return found
+        except Exception as error:  # the user's own code may fail in any way
+            case.unread = " ".join(f"the pair cannot be run: {type(error).__name__}: {error}".split())[:200]
+    return None
 
 
 def _look(
