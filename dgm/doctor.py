@@ -24,7 +24,7 @@ from .mapped import MappedArray
 from .optim import adam
 from .pair import Pair, batch_rows, chunk_of
 from .posthoc import finishers
-from .programs import Program, owner, preserved_rng, program_name
+from .programs import Program, owner, preserved_buffers, preserved_rng, program_name
 from .sites import DATA_PLATE
 from .starting import maker
 from .symptoms import Look, symptoms
@@ -131,6 +131,7 @@ def _case(
             own, guide = copied_programs(model, guide)
         else:
             own = make()
+        stack.enter_context(preserved_buffers(model, guide))  # an autoguide runs the model that it was made with
         stack.enter_context(_restored(own, guide))
 
         def renew() -> tuple[Memory | Loaded, Batch | None]:
