@@ -137,7 +137,8 @@ class Checkpoints:
             "state": plain,
         }
         content["sha256"] = _digest(content)
-        text = json.dumps(content, indent=1, allow_nan=False)
+        lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
+        text = "{\n" + ",\n".join(lines) + "\n}"
         try:
             write_whole(data, lambda part: part.write_bytes(payload))
             write_whole(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))

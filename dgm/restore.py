@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoints
 from .errors import DataError, GuideError
 from .programs import Program, preserved_rng
+from .resume import rows_of
 from .starting import maker
 from .store_run import RECIPE, Run, load_run
 from .training import HISTORY, Fit
@@ -98,6 +99,6 @@ def _read(folder: Path) -> tuple[Run, str]:
         )
     weights: dict[str, Tensor] = dict(state["weights"])
     about = {"steps": saved.step, "seed": state["told"]["seed"], **{n: state[n] for n in ("evaluations", "seconds")}}
-    history = pd.DataFrame(state["rows"], columns=HISTORY)
+    history = pd.DataFrame(rows_of(state["history"]), columns=HISTORY)
     run = Run(folder, {}, weights, about, history, tuple(state["example"]))
     return run, str(state["why"]) or f"cut short: the checkpoint of step {saved.step}"

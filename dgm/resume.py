@@ -50,7 +50,7 @@ MAY_CHANGE = ("epochs", "steps", "progress", "device", "compile", "nonfinite", "
 """Options of `fit` that a training may be resumed with changed: it may last longer, or run in another way."""
 EXAMPLE_ROWS = 8
 """Rows of the data that are kept with a pair, to make its guide again."""
-RECORD = ("rows", "evaluations", "seconds", "cpu_seconds", "error", "why", "early")
+RECORD = ("evaluations", "seconds", "cpu_seconds", "error", "why", "early")
 
 
 def run_state(run: Run) -> State:
@@ -171,13 +171,29 @@ def progress(run: Run) -> State:
     """What a training remembers beside its parameters."""
     best = None if run.best is None else [run.best[0], dict(run.best[1])]
     rule = None if run.rule is None else dict(vars(run.rule))
-    return {**{name: getattr(run, name) for name in RECORD}, "best": best, "rule": rule}
+    record = {name: getattr(run, name) for name in RECORD}
+    return {**record, "history": columns(run.rows), "best": best, "rule": rule}
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows of numbers as an array for each column: thousands of epochs are no text."""
+    return {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+
+
+def rows_of(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """What `columns` took apart.
+
+    >>> rows_of(columns([{"step": 1, "elbo": -2.5}]))
+    [{'step': 1, 'elbo': -2.5}]
+    """
+    return [dict(zip(found, values, strict=True)) for values in zip(*(c.tolist() for c in found.values()), strict=True)]
 
 
 def load_progress(run: Run, state: Mapping[str, Any]) -> None:
     """Set what `progress` gave."""
     for name in RECORD:
         setattr(run, name, state[name])
+    run.rows = rows_of(state["history"])
     like = next(iter(run.svi.parameters.values()))
     if state["best"] is not None:
         value, best = state["best"]
