@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import logging
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from .borrowed import copied, quietly
 from .course import Course, run_course
 from .data import array_names
 from .dataflow import Reading
@@ -21,10 +17,9 @@ from .feeding import Loaded, Memory
 from .heldout import spaced
 from .latent_diagnostics import LatentDiagnostics, latent_diagnostics
 from .pair import Pair, chunk_of
-from .programs import Program, owner
 from .sites import DATA_PLATE, Latents
 
-__all__ = ["Case", "NotSeen", "copied", "copied_programs"]
+__all__ = ["Case", "NotSeen"]
 
 
 ROWS = 500
@@ -209,45 +204,3 @@ class Case:
                 )
             self.trials[key] = (pair, course)
         return self.trials[key]
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without the lines that a training logs: nobody asked for this one."""
-    log = logging.getLogger("dgm")
-    before = log.disabled
-    log.disabled = True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-def copied(pair: Pair, loss: Any = None) -> Pair:
-    """The same pair anew, to be trained by itself."""
-    return Pair(*copied_programs(pair.model, pair.guide), loss)
-
-
-def copied_programs(model: Program, guide: Program) -> tuple[Program, Program]:
-    """Modules copied together, so that what they share stays shared; functions as they are.
-
-    A copy takes the model from Pyro's autoguides, the original ones among them: all are given theirs again.
-    """
-    home = owner(guide)
-    parts = [part for part in (home.modules() if home is not None else ()) if isinstance(part, AutoGuide)]
-    held = [(part, part._model, part.master) for part in parts]
-    memo: dict[int, Any] = {}
-    try:
-        twins = copy.deepcopy((model, guide), memo)
-    finally:
-        for part, inner, master in held:
-            part.__dict__.update(_model=inner, master=master)
-    for part, inner, master in held:
-        twin, leader = memo[id(part)], memo.get(id(master())) if master is not None else None
-        twin.__dict__["_model"] = None if inner is None else (memo.get(id(inner[0]), inner[0]),)
-        twin.__dict__["master"] = None if leader is None else weakref.ref(leader)
-    for program in twins:
-        copied_home = owner(program)
-        if copied_home is not None:
-            copied_home.__dict__.pop("pyro_modules", None)  # of what a function closes over, itself not copied
-    return twins

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .case import Case, NotSeen, copied, copied_programs, quietly
+from .borrowed import copied, copied_programs, quietly, restored
+from .case import Case, NotSeen
 from .checks import check_all_rows
 from .course import run_course
 from .dataflow import Reading, read_pair
@@ -132,7 +133,7 @@ def _case(
         else:
             own = make()
         stack.enter_context(preserved_buffers(model, guide))  # an autoguide runs the model that it was made with
-        stack.enter_context(_restored(own, guide))
+        stack.enter_context(restored(own, guide))
 
         def renew() -> tuple[Memory | Loaded, Batch | None]:
             return _sources(data, validation, batch_size, seed, transform, None, floating_type(own))
@@ -299,43 +300,3 @@ def _refusal(part: str, message: str) -> Finding:
         cure=cure if says else "as it says; then look again, for nothing behind it was looked at",
         size=float("inf"),
     )
-
-
-@contextlib.contextmanager
-def _restored(*programs: Any) -> Iterator[None]:
-    """Functions cannot be copied: modules that they close over are trained, and put back as they were."""
-    modules = [m for program in programs for m in _closed_over(program)]
-    before = [(t, t.detach().clone(), getattr(t, "grad", None)) for m in modules for t in _tensors(m)]
-    modes = [(part, part.training) for m in modules for part in m.modules()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value, grad in before:
-                tensor.copy_(value)
-                tensor.grad = grad
-        for part, mode in modes:
-            part.training = mode
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _closed_over(program: Any) -> list[nn.Module]:
-    """Modules that a plain function reaches by its closure or by global names."""
-    code = getattr(program, "__code__", None)
-    if code is None:
-        return []
-    cells = [c.cell_contents for c in program.__closure__ or () if _filled(c)]
-    names = [program.__globals__[n] for n in code.co_names if n in program.__globals__]
-    return [value for value in (*cells, *names) if isinstance(value, nn.Module)]
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

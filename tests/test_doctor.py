@@ -24,7 +24,6 @@ from torch.distributions import constraints
 import dgm.models
 from dgm.baseline import marginals
 from dgm.commands import Source, task
-from dgm.course import signal_to_noise
 from dgm.doctor import doctor
 from dgm.errors import OptionError
 from dgm.findings import Diagnosis, Finding
@@ -40,6 +39,7 @@ from dgm.models.linear_vae import LinearVAE
 from dgm.models.vae import VAE
 from dgm.pair import Pair
 from dgm.registry import families
+from dgm.signal_to_noise import signal_to_noise
 from dgm.sites import latents
 from dgm.symptoms import symptoms
 

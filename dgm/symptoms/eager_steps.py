@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ..case import copied, quietly
+from ..borrowed import copied, quietly
 from ..findings import Finding
 from ..optim import adam
 from ..pair import NotReparameterised

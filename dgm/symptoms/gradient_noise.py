@@ -13,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from ..case import Case, copied
-from ..course import signal_to_noise
+from ..borrowed import copied
+from ..case import Case
 from ..findings import Finding
 from ..pair import NotReparameterised, Pair
+from ..signal_to_noise import signal_to_noise
 
 SUSPECT = 0.3
 """A ratio that 16 draws cannot tell from 0: then it is measured again."""
