@@ -42,6 +42,8 @@ def check_options(
             raise OptionError(f"{name} is {value!r}, expected a whole number, at least {least}{why}")
     check_batch_size(len(train[0]), batch_size)
     adam(lr)  # refuses a bad step size now
+    if "checkpoint" in fit_options:
+        raise OptionError("checkpoint is of one training: a comparison keeps its finished runs by folder=...")
     known = set(inspect.signature(fit).parameters) - {"model", "guide", "data"}
     for name in fit_options:
         if name not in known:

@@ -82,6 +82,7 @@ BAD: list[tuple[Callable[[], Any], type[DGMError], str]] = [
     (lambda: short(seeds=[1, 1]), OptionError, "each once"),
     (lambda: short(num_samples=100.5), OptionError, "num_samples is 100.5"),
     (lambda: short(pateince=3), OptionError, "did you mean 'patience'"),
+    (lambda: short(checkpoint="x"), OptionError, "keeps its finished runs by folder"),
     (lambda: short(guides=["full-normal"]), OptionError, r"expected \{name"),
 ]
 
