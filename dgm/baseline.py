@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, OneHotCategorical, Poisson, constraints
+from torch.distributions import Bernoulli, Categorical, MixtureSameFamily, OneHotCategorical, Poisson, constraints
 
 from .dataflow import base_of, by_row
 
@@ -59,7 +59,8 @@ def _site(node: Any) -> Tensor | None:
     if isinstance(base, Poisson):
         rate = x.mean(0).clamp_min(1e-6)
         return (x * rate.log() - rate - torch.lgamma(x + 1)).sum(1)
-    support = getattr(base, "support", None)
+    part = base.component_distribution if isinstance(base, MixtureSameFamily) else base  # torch wraps its support
+    support = getattr(part, "support", None)
     if support is constraints.real:
         return _normal(x)
     if support is not None and not support.is_discrete and getattr(support, "lower_bound", None) == 0:

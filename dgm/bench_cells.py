@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .bench_results import Results
+    from .bench_story import Chapter
     from .page import Drawn
 
 __all__ = ["BUDGETS", "Cell", "Job", "Metric", "Suite", "canonical", "chosen", "jobs_of", "parsed"]
@@ -84,7 +85,8 @@ class Suite:
     jobs are formed of all cells of a budget, whatever a filter says. ready: `(task)`, raises DataError where the data
     of a task are missing. seconds: `(cell) -> estimate` until there are finished cells. checks: `(results) -> frame`
     of what must hold, with the columns task, guide, metric, value, expected, tolerance, verdict ("agree" or "miss").
-    tables: more tables, `(results) -> {title: frame}`. figures: pictures of the report. notes: sentences of it.
+    tables: more tables, `(results) -> {title: frame}`. figures: pictures of the report. notes: sentences of it. story:
+    chapters that stand before the tables.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Suite:
     tables: Callable[[Results], Mapping[str, pd.DataFrame]] | None = None
     figures: Callable[[Results], Sequence[Drawn]] | None = None
     notes: Callable[[Results], Sequence[str]] | None = None
+    story: Callable[[Results], Sequence[Chapter]] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ import pandas as pd
 from .bench_plots import cost_figure, score_figure
 from .bench_registry import Published, check, published
 from .bench_results import PLAN, Results, load_results, save_rows
+from .bench_story import Chapter, chapter_markdown, chapter_parts, save_pictures
 from .bench_tables import Table, check_table, failed_table, frame_table, markdown, ranked, tally, task_table
 from .errors import DataError
 from .page import Drawn, environment, shown, write_text
@@ -100,6 +102,12 @@ class Report:
             out += list(results.suite.figures(results))
         return out
 
+    @cached_property
+    def chapters(self) -> list[Chapter]:
+        """The suite's story, told before the tables."""
+        suite = self.results.suite
+        return list(suite.story(self.results)) if suite.story is not None and len(self.results.good) else []
+
     def notes(self) -> list[str]:
         """What a reader must know."""
         results, suite = self.results, self.results.suite
@@ -137,9 +145,11 @@ class Report:
     def title(self) -> str:
         return f"Benchmark suite {self.results.suite.name}, budget {self.results.plan['budget']}"
 
-    def markdown(self) -> str:
+    def markdown(self, base: str = "") -> str:
+        """As Markdown; pictures of chapters are links to files in the folder `base`."""
         parts = [f"## {self.title()}", self.results.suite.summary]
         parts.append("\n".join(f"* {v['says']} ({v['rests']})" for v in self.verdicts()))
+        parts += [chapter_markdown(chapter, base) for chapter in self.chapters]
         parts += [markdown(table) for table in self.tables()]
         parts.append("\n".join(f"* {note}" for note in self.notes()))
         parts.append("\n".join(f"* {name}: {f'`{v}`' if name == 'command' else v}" for name, v in self.facts()))
@@ -158,6 +168,7 @@ class Report:
         return page.render(
             title=self.title(), headline=self.results.suite.summary, verdicts=self.verdicts(), tables=tables,
             figures=shown(self.figures()), notes=self.notes(), colours=len(COLOURS), facts=self.facts(),
+            chapters=[chapter_parts(chapter) for chapter in self.chapters],
         )  # fmt: skip
 
 
@@ -199,6 +210,7 @@ def write_report(report: Report, out: str | os.PathLike[str]) -> Path:
     ranks = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names)
     save_rows(results, place, ranks.reindex(columns=names))
     write_text(report.found.to_csv(index=False, lineterminator="\n"), place / "checks.csv")
+    save_pictures(report.chapters, place)
     write_text(report.markdown(), place / "report.md")
     return write_text(report.html(), place / "report.html")
 
@@ -216,7 +228,7 @@ def compose(folder: str | os.PathLike[str]) -> str:
     parts = ["# Results of the benchmark suites", "Composed of the committed rows by `dgm bench report --all`."]
     for place in places:
         report = make_report(place)
-        parts.append(report.markdown().rstrip())
+        parts.append(report.markdown(f"{place.name}/").rstrip())
         parts.append(f"* rows, costs and pictures: [{place.name}/]({place.name}/)")
     corrections = root / CORRECTIONS
     text = corrections.read_text(encoding="utf-8").strip() if corrections.is_file() else "None so far."

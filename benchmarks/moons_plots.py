@@ -1,0 +1,107 @@
+"""Pictures of the moons suite: samples and codes of the VAEs, and what each classifier is unsure of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import dgm
+from dgm.style import COLOURS, shorten, styled
+
+from .moons_bnn import EDGES, ROWS, boundary
+
+Arrays = Mapping[str, Mapping[str, np.ndarray]]
+X, Y = (-1.9, 2.9), (-1.6, 2.1)
+CODE = (-3.6, 3.6)
+MOONS = (COLOURS[0], COLOURS[1])
+SHOWN = 600
+"""Points of a panel."""
+
+
+def _bare(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
+    axes.set(xlim=x, ylim=y, xticks=[], yticks=[])
+    axes.set_aspect("equal")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(True)
+
+
+def _points(axes: Axes, points: np.ndarray, colours: Any) -> None:
+    axes.scatter(points[:SHOWN, 0], points[:SHOWN, 1], s=3.5, c=colours, alpha=0.7, linewidths=0, rasterized=True)
+
+
+@styled
+def samples_figure(arrays: Arrays, marks: Mapping[str, str]) -> Figure:
+    """Data against samples, and the prior against the codes of held-out data, coloured by moon.
+
+    Args:
+        arrays: `samples` and `codes` by setting. marks: what is said of a setting in its title ("fails", "cure").
+    """
+    names = list(arrays)
+    data, moon = dgm.load("moons").test
+    colours = np.array(MOONS)[moon[:SHOWN].numpy()]
+    columns = 1 + len(names)
+    width = 1.75 if columns > 4 else 2.1
+    figure = Figure(figsize=(width * columns, width * 1.98), layout="constrained")
+    grid = figure.subplots(2, columns, squeeze=False, height_ratios=[(Y[1] - Y[0]) / (X[1] - X[0]), 1.0])
+    prior = torch.randn(SHOWN, 2, generator=torch.Generator().manual_seed(0)).numpy()
+    _points(grid[0, 0], data.numpy(), colours)
+    _points(grid[1, 0], prior, "#808183")
+    grid[0, 0].set_title("held-out data")
+    grid[0, 0].set_ylabel("x: samples")
+    grid[1, 0].set_ylabel("z: codes of the data")
+    grid[1, 0].set_title("prior")
+    for place, name in enumerate(names, 1):
+        _points(grid[0, place], arrays[name]["samples"], COLOURS[2])
+        _points(grid[1, place], arrays[name]["codes"], colours)
+        mark = marks.get(name, "")
+        grid[0, place].set_title(shorten(name, 26) + (f"\n{mark}" if mark else ""), fontsize=8)
+    for axes in grid[0]:
+        _bare(axes, X, Y)
+    for axes in grid[1]:
+        _bare(axes, CODE, CODE)
+    return figure
+
+
+@styled
+def planes_figure(arrays: Arrays, what: str, top: float, label: str, titles: Mapping[str, str]) -> Figure:
+    """One panel for each guide on a shared scale: an array of the plane, the boundary p = 1/2, and the training rows.
+
+    Args:
+        arrays: `probability` and the array `what` by guide. top: of the colour scale. titles: by guide, below its name.
+    """
+    names, columns = list(arrays), 4
+    lines = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(8.6, 2.25 * lines + 0.55), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    x, y = (part[:ROWS].numpy() for part in dgm.load("moons").train)
+    truth = boundary().numpy()
+    truth = truth[np.argsort(truth[:, 0])]
+    sides = [
+        np.linspace(*edge, count) for edge, count in zip(EDGES, next(iter(arrays.values()))[what].shape, strict=True)
+    ]
+    image: Any = None
+    for axes, name in zip(grid.ravel(), names, strict=False):
+        extent = (*EDGES[0], *EDGES[1])
+        image = axes.imshow(
+            arrays[name][what].T, origin="lower", extent=extent, cmap="cividis", vmin=0.0, vmax=top,
+            interpolation="bilinear",
+        )  # fmt: skip
+        p = arrays[name]["probability"].T
+        if p.min() < 0.5 < p.max():
+            axes.contour(*sides, p, levels=[0.5], colors="white", linewidths=1.2)
+        for moon, colour in enumerate(("#ffffff", "#ff8c5a")):
+            axes.scatter(*x[y == moon].T, s=5, c=colour, edgecolors="black", linewidths=0.3, rasterized=True)
+        axes.set_title(shorten(name, 28) + (f"\n{titles[name]}" if name in titles else ""), fontsize=8)
+        _bare(axes, *EDGES)
+    for axes in grid.ravel()[len(names) :]:
+        axes.axis("off")
+    bar: Any = figure.colorbar(image, ax=list(grid.ravel()), location="bottom", shrink=0.5, aspect=40, pad=0.02)
+    bar.set_label(label)
+    bar.outline.set_linewidth(0.4)
+    return figure
