@@ -31,7 +31,7 @@ def cells(names: list[str], seeds: list[int], jobs: int = 1) -> pd.DataFrame:
     result: Comparison = compare(make, guides, X, epochs=2, batch_size=8, seeds=seeds, num_samples=100, jobs=jobs)
     rows = result.rows
     assert list(rows["status"].unique()) == ["ok"], rows["status"]
-    keep = [name for name in rows if not any(word in name for word in ("second", "cpu", "thread", "time"))]
+    keep = [name for name in rows if not any(word in str(name) for word in ("second", "cpu", "thread", "time"))]
     return rows[keep].sort_values(["guide", "seed"]).reset_index(drop=True)
 
 

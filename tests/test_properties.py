@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from random_programs import CONTAINERS, FAMILIES, GUIDES, LOSSES, Program, Spec, contained, guide_maker, specs
+from pyro.infer.autoguide import AutoNormal
+from random_programs import CONTAINERS, FAMILIES, GUIDES, LOSSES, Latent, Program, Spec, contained, guide_maker, specs
 from torch import Tensor
 
 import dgm
 from dgm.data import as_tensors
-from dgm.errors import DGMError
+from dgm.errors import DGMError, GuideError, ModelError
 from dgm.fit import fit
 from dgm.guides.joint import Joint
 from dgm.guides.point import Point
@@ -41,16 +42,20 @@ QUICK: dict[str, Any] = {
 SLOW = QUICK | {"derandomize": False}
 
 
+def numpy_state() -> str:
+    return repr(np.random.get_state())
+
+
 @contextmanager
 def untouched() -> Iterator[None]:
     """The random streams, Pyro's parameter store and torch's modes are as before, also where an error is raised."""
-    state, rng, keys = torch.get_rng_state(), np.random.get_state()[1].tolist(), list(pyro.get_param_store().keys())
+    state, rng, keys = torch.get_rng_state(), numpy_state(), list(pyro.get_param_store().keys())
     grad = torch.is_grad_enabled()
     try:
         yield
     finally:
         assert torch.equal(state, torch.get_rng_state()), "torch's random stream moved"
-        assert rng == np.random.get_state()[1].tolist(), "numpy's random stream moved"
+        assert rng == numpy_state(), "numpy's random stream moved"
         assert keys == list(pyro.get_param_store().keys()), "a parameter reached Pyro's store"
         assert grad == torch.is_grad_enabled()
 
@@ -108,8 +113,9 @@ def holds(case: dict[str, Any]) -> None:
     if case["declared"] and spec.plates and rows > 1:
         held = min(max(round(case["validation"] * rows), 1), rows - 1) if case["validation"] else 0
         options["sizes"] = dict.fromkeys(spec.plates, rows - held)
-    if LOSSES[case["loss"]] is not None:
-        options["loss"] = LOSSES[case["loss"]]()
+    loss = LOSSES[case["loss"]]
+    if loss is not None:
+        options["loss"] = loss()
     dtype = case["dtype"] or torch.get_default_dtype()
     try:
         if case["replicas"]:
@@ -259,6 +265,7 @@ def test_latents_agree_with_a_trace(spec: Spec, rows: int) -> None:
     assert list(found.observed) == [site.name for site in spec.observed]
     for latent in spec.latents:
         site, value = found[latent.name], trace.nodes[latent.name]["value"]
+        assert value is not None
         assert site.batch_shape + site.event_shape == value.shape
         assert site.plate == (spec.plate if latent.local else None)
         assert bool(torch.as_tensor(site.support.check(value)).all())
@@ -282,10 +289,10 @@ def test_a_saved_pair_comes_back_bit_for_bit(spec: Spec, kind: Any, family: Any,
         assume(False)
     with tempfile.TemporaryDirectory() as folder:
         save_run(folder, {}, done)
-        model, guide = load_run(folder).restore(*pairs[1], *data)
-    assert same(state_of(done.model, done.guide), state_of(model, guide))
+        restored = load_run(folder).restore(*pairs[1], *data)
+    assert same(state_of(done.model, done.guide), state_of(*restored))
     draws = []
-    for pair in ((done.model, done.guide), (model, guide)):
+    for pair in ((done.model, done.guide), restored):
         try:
             draws.append(dgm.log_weights(*pair, *data, num_samples=2, plates=plates))
         except DGMError as error:
@@ -311,3 +318,55 @@ def test_log_weights_at_an_exact_posterior_are_the_evidence(
     weights = dgm.log_weights(model, guide, x, y, num_samples=5)
     assert weights.shape == (5,)
     assert weights.numpy() == pytest.approx(np.full(5, float(model.log_evidence(x, y))), rel=1e-7, abs=1e-7)
+
+
+# --- found by these searches, and mended -----------------------------------------------------------------------------
+
+
+def group(count: int, **other: Any) -> Spec:
+    return Spec((Latent("z0", shape=(2,), grouped=True),), groups=count, **other)
+
+
+def test_a_plate_of_one_row_is_a_dimension_of_its_latents() -> None:
+    for dim in (-1, -2):
+        model, x = Program(group(1, dim=dim)), torch.randn(4)
+        guide = Joint(model, x)
+        assert guide(x)["z0"].shape == trace_once(model, x).nodes["z0"]["value"].shape  # type: ignore[union-attr]
+        assert fit(model, guide, x, steps=2, compile=False).steps == 2
+
+
+def test_a_parameter_asked_for_inside_of_an_autoguide() -> None:
+    model, x = Program(Spec((Latent("z0"),), asked=True)), torch.randn(4)
+    result = fit(model, AutoNormal(model), x, steps=2, compile=False)
+    assert "pyro_parameters.asked" in dict(owner(result.model).named_parameters())  # type: ignore[union-attr]
+
+
+def test_objectives_of_several_particles_where_nothing_is_drawn() -> None:
+    model, x = Program(Spec((Latent("z0", local=True),))), torch.randn(4)
+    guide = Joint(model, x, family=Point, encoder=as_it_is)
+    losses = [
+        float(Pair(model, guide, dgm.ImportanceELBO(3, estimator=how)).loss(None, (x,)).detach())
+        for how in ("pathwise", "dreg")
+    ]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_without_a_data_plate_there_is_no_bound_of_each_row() -> None:
+    model, x = Program(Spec((Latent("z0"),), plate=None)), torch.randn(4)
+    guide = Joint(model, x)
+    with pytest.raises(ModelError, match="opens none of the data plates 'data'"):
+        dgm.evaluate(model, guide, x, num_samples=20)
+    with pytest.raises(ModelError, match="opens none of the data plates 'data'"):
+        fit(model, guide, x, steps=2, validation=0.5)
+
+
+def test_one_held_out_row_has_no_standard_error() -> None:
+    model, x = Program(Spec((Latent("z0"),))), torch.randn(4)
+    history = fit(model, Joint(model, x), x, steps=2, validation=0.25).history
+    assert np.isfinite(history["valid_elbo"]).all() and history["valid_se"].isna().all()
+
+
+def test_an_undeclared_plate_in_minibatches_is_named() -> None:
+    model, x = Program(Spec((Latent("z0", local=True),), plate="rows")), torch.randn(9)
+    with pytest.raises(GuideError, match="made for 9 rows of plate 'rows' and sees 3"):
+        fit(model, Joint(model, x), x, steps=2, batch_size=3)
