@@ -29,7 +29,7 @@ from .moons_vae import run_vae, vae_cells
 BUDGET: dict[str, dict[str, Any]] = {
     "smoke": {"seeds": 1, "steps": 40, "draws": 100, "doctor_steps": 20, "bnn_steps": 60, "particles": 1,
               "bnn_draws": 50, "chain": 4},
-    "short": {"seeds": 3, "steps": 2000, "draws": 500, "doctor_steps": 1000, "bnn_steps": 2000, "particles": 4,
+    "short": {"seeds": 3, "steps": 2000, "draws": 500, "doctor_steps": 1000, "bnn_steps": 4000, "particles": 4,
               "bnn_draws": 400, "chain": 150},
     "full": {"seeds": 10, "steps": 10_000, "draws": 5000, "doctor_steps": 1000, "bnn_steps": 10_000, "particles": 8,
              "bnn_draws": 2000, "chain": 1000},
