@@ -367,8 +367,6 @@ def test_no_family_of_guides_is_an_alarm(family: str) -> None:
     assert not [why for why in found.skipped.values() if why.startswith("it failed")], found.skipped
 
 
-# The k-hat of diagonal normals on the correlated columns of diabetes is 0.76: that is found, and is so.
-GUIDES = {("bayesian-linear-regression", "diabetes"): "full-normal"}
 PRESETS = [
     ("vae", "digits"),
     ("deep-latent-gaussian", "digits"),
@@ -386,7 +384,7 @@ PRESETS = [
 @pytest.mark.parametrize(("model", "data"), PRESETS)
 def test_the_presets_of_compare_are_no_alarm(model: str, data: str) -> None:
     job = task(Source(model, data))
-    (guide,) = job.guides([GUIDES.get((model, data), "diagonal-normal")], "joint").values()
+    (guide,) = job.guides(["diagonal-normal"], "joint").values()
     own, attached = job.pair(guide, 0)
     transform, rows = job.data.transform, job.data.train
     found = doctor(own, *rows, guide=attached, batch_size=job.batch_size, lr=job.lr, transform=transform)
@@ -444,6 +442,12 @@ def test_guides_of_single_rows_and_guides_that_are_not_trained() -> None:
     model, data, _ = network()
     found = doctor(model, *data, guide=NUTS, steps=20)
     assert not found and "NUTS is made by its finish" in found.skipped["learning rate"], found
+
+
+def test_the_k_hat_of_a_few_global_latents_is_a_note() -> None:
+    y = normals(20)
+    found = doctor(regression(y), normals(20, 1), y, steps=20, checks=["khat"])
+    assert not found and re.search(r"k-hat of the 1 global latents is -?[\d.inf]+ after", found.notes[0]), found
 
 
 def test_the_same_seed_finds_the_same() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..case import Case, NotSeen
-from ..evaluate import global_khat
+from ..evaluate import KHAT_SAMPLES, global_khat
 from ..findings import Finding
 from ..heldout import spaced
 from ..pair import Pair, chunk_of
@@ -34,7 +34,10 @@ def look(case: Case) -> Iterator[Finding]:
     found = case.latents
     if any(site.discrete for site in found.values()) or not has_density(case.pair.guide):
         return
-    yield from (_rows(case) if found.local and not found.global_ else _whole(case))
+    if found.local and not found.global_:
+        yield from _rows(case)
+    else:
+        _whole(case)
 
 
 def _rows(case: Case) -> Iterator[Finding]:
@@ -70,34 +73,22 @@ def _khat(case: Any, pair: Pair) -> torch.Tensor:
         return pareto_k(torch.cat([chunk.local for chunk in sampler.chunks(DRAWS)]))
 
 
-def _whole(case: Case) -> Iterator[Finding]:
-    if not case.latents.global_ or case.latents.local:
+def _whole(case: Case) -> None:
+    """A note, not a finding: a guide that still jitters by the learning rate has a k-hat of 1 in the right family too.
+
+    Linear regression of diabetes on 10 columns, 300 to 2700 steps at lr=1e-2: 1.3 to 1.0 with full normals, of which
+    one is the exact posterior.
+    """
+    found = case.latents
+    if not found.global_ or found.local or len(case.rows[0]) < case.source.rows:
         return
-    count = sum(site.value.numel() for site in case.latents.global_ if site.value is not None)
-    if len(case.rows[0]) < case.source.rows:
-        raise NotSeen("it needs all rows at once, and there are too many")
+    count = sum(site.value.numel() for site in found.global_ if site.value is not None)
     if count > FEW:
         case.notes.append(f"no k-hat of {count} global latents: no guide of so many passes; judge it by held-out rows")
         return
-    limit = k_threshold(1000)
-    khat = _global(case, case.pair)
-    if not khat > limit:
-        return
-    pair, course = case.levelled
-    khat = _global(case, pair)
-    if not khat > limit:
-        return
-    yield Finding(
-        name="k-hat",
-        part="posterior",
-        harm=2,
-        evidence=f"k-hat of the {count} global latents is {khat:.2f} after {course.steps} steps, above {limit:.2f}",
-        consequence="the guide's uncertainty is not the model's",
-        cure="a richer family (FullNormal, a flow), NUTS for so few latents, or another parametrisation",
-        size=khat,
-    )
-
-
-def _global(case: Any, pair: Pair) -> float:
     with chunk_of(case.source.rows, case.places):
-        return global_khat(pair.model, pair.guide, *case.rows, seed=case.seed, plates=case.plates)
+        khat = global_khat(case.pair.model, case.pair.guide, *case.rows, seed=case.seed, plates=case.plates)
+    case.notes.append(
+        f"k-hat of the {count} global latents is {khat:.2f} after the short training ({k_threshold(KHAT_SAMPLES):.2f} "
+        "would do); to judge the guide train it out, with a falling learning rate, and see dgm.evaluate(train=...)"
+    )
