@@ -427,9 +427,13 @@ class Pair:
                 if len(given) >= -place and given[place] not in (1, f.size) and f.name not in less:
                     cure = (
                         f"it was made for {given[place]} rows of plate {f.name!r} and sees {f.size}: "
-                        "train it on all rows at once, or serve each row by Amortized, with the plate named as one of "
-                        f"data (plates=[{f.name!r}] for the guide, sizes={{{f.name!r}: N}} in training)"
+                        "train it on all rows at once, or serve each row by Amortized"
                     )
+                    if f.name != site.plate:
+                        cure += (
+                            f", with the plate named as one of data (plates=[{f.name!r}] for the guide, "
+                            f"sizes={{{f.name!r}: N}} in training)"
+                        )
             if more:
                 cure = f"sample it outside of the plate {sorted(more)[0]!r}, as the model does"
             raise GuideError(

@@ -208,7 +208,7 @@ def test_the_pipeline_of_a_regression_is_calibrated_and_half_its_scale_is_not() 
 def test_pipelines_are_calibrated(name: str, patience: int | None) -> None:
     """To convergence: at 60 epochs the means of the groups are 0.2 standard deviations off, and cover 80 %.
 
-    Early stopping is no part of "groups": judged by eight held-out rows it stops too early, and a[2] is covered by 80 %.
+    Early stopping is no part of "groups": judged by eight held-out rows it stops too early (a[2]: 80 %).
     """
     outcome = run(name, 150, epochs=200, patience=patience, seed=1)
     assert min(outcome.p_values) > 1e-3, outcome.p_values

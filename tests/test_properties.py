@@ -331,7 +331,7 @@ def test_a_plate_of_one_row_is_a_dimension_of_its_latents() -> None:
     for dim in (-1, -2):
         model, x = Program(group(1, dim=dim)), torch.randn(4)
         guide = Joint(model, x)
-        assert guide(x)["z0"].shape == trace_once(model, x).nodes["z0"]["value"].shape  # type: ignore[union-attr]
+        assert trace_once(guide, x).nodes["z0"]["value"].shape == trace_once(model, x).nodes["z0"]["value"].shape  # type: ignore[union-attr]
         assert fit(model, guide, x, steps=2, compile=False).steps == 2
 
 
