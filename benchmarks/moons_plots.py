@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,8 @@ def samples_figure(arrays: Arrays, marks: Mapping[str, str]) -> Figure:
         _points(grid[0, place], arrays[name]["samples"], COLOURS[2])
         _points(grid[1, place], arrays[name]["codes"], colours)
         mark = marks.get(name, "")
-        grid[0, place].set_title(shorten(name, 26) + (f"\n{mark}" if mark else ""), fontsize=8)
+        title = textwrap.wrap(shorten(name, 40), 20) + ([mark] if mark else [])
+        grid[0, place].set_title("\n".join(title), fontsize=8)
     for axes in grid[0]:
         _bare(axes, X, Y)
     for axes in grid[1]:
