@@ -54,7 +54,7 @@ def look(case: Any) -> Iterator[Finding]:
         and woken.kl > max(2 * normal.kl, GAINED)
     )
     if helps and woken is not None:
-        cure = f"kl_warmup={WARMUP:g} of the epochs gives {woken.active} of {woken.total_units} here"
+        cure = f"kl_warmup over {100 * WARMUP:.0f} % of the epochs gives {woken.active} of {woken.total_units} here"
         cure += f" at a bound of {_last(warm):.4g} instead of {_last(longer):.4g}"
     else:
         cure = "kl_warmup alone does not help here: a weaker decoder, dgm.ELBO(free_bits=0.5), or a sharper likelihood"
