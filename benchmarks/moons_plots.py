@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import dgm
 from dgm.style import COLOURS, shorten, styled
 
-from .moons_bnn import EDGES, ROWS, boundary
+from .moons_bnn import EDGES, ROWS
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]
 X, Y = (-1.9, 2.9), (-1.6, 2.1)
@@ -82,8 +82,6 @@ def planes_figure(arrays: Arrays, what: str, top: float, label: str, titles: Map
     figure = Figure(figsize=(8.6, 2.25 * lines + 0.55), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     x, y = (part[:ROWS].numpy() for part in dgm.load("moons").train)
-    truth = boundary().numpy()
-    truth = truth[np.argsort(truth[:, 0])]
     sides = [
         np.linspace(*edge, count) for edge, count in zip(EDGES, next(iter(arrays.values()))[what].shape, strict=True)
     ]
@@ -96,7 +94,8 @@ def planes_figure(arrays: Arrays, what: str, top: float, label: str, titles: Map
         )  # fmt: skip
         p = arrays[name]["probability"].T
         if p.min() < 0.5 < p.max():
-            axes.contour(*sides, p, levels=[0.5], colors="white", linewidths=1.2)
+            for colour, thick in (("black", 2.2), ("white", 1.1)):  # legible on dark and on bright
+                axes.contour(*sides, p, levels=[0.5], colors=colour, linewidths=thick)
         for moon, colour in enumerate(("#ffffff", "#ff8c5a")):
             axes.scatter(*x[y == moon].T, s=5, c=colour, edgecolors="black", linewidths=0.3, rasterized=True)
         axes.set_title(shorten(name, 28) + (f"\n{titles[name]}" if name in titles else ""), fontsize=8)
