@@ -380,6 +380,7 @@ def driver(toy: str, out: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_kills_of_driver_and_worker_change_no_bit(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver is killed twice; then two workers go on, one of which dies: rows are those of one quiet process."""
     out = tmp_path / "out"
