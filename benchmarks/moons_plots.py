@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import dgm
-from dgm.style import COLOURS, shorten, styled
+from dgm.style import COLOURS, INK, shorten, styled
 
 from .moons_bnn import EDGES, ROWS
 
@@ -21,6 +21,7 @@ Arrays = Mapping[str, Mapping[str, np.ndarray]]
 X, Y = (-1.9, 2.9), (-1.6, 2.1)
 CODE = (-3.6, 3.6)
 MOONS = (COLOURS[0], COLOURS[1])
+COLUMNS = 4
 SHOWN = 600
 """Points of a panel."""
 
@@ -43,30 +44,34 @@ def samples_figure(arrays: Arrays, marks: Mapping[str, str]) -> Figure:
     Args:
         arrays: `samples` and `codes` by setting. marks: what is said of a setting in its title ("fails", "cure").
     """
-    names = list(arrays)
     data, moon = dgm.load("moons").test
     colours = np.array(MOONS)[moon[:SHOWN].numpy()]
-    columns = 1 + len(names)
-    width = 1.75 if columns > 4 else 2.1
-    figure = Figure(figsize=(width * columns, width * 1.98), layout="constrained")
-    grid = figure.subplots(2, columns, squeeze=False, height_ratios=[(Y[1] - Y[0]) / (X[1] - X[0]), 1.0])
     prior = torch.randn(SHOWN, 2, generator=torch.Generator().manual_seed(0)).numpy()
-    _points(grid[0, 0], data.numpy(), colours)
-    _points(grid[1, 0], prior, "#808183")
-    grid[0, 0].set_title("held-out data")
-    grid[0, 0].set_ylabel("x: samples")
-    grid[1, 0].set_ylabel("z: codes of the data")
-    grid[1, 0].set_title("prior")
-    for place, name in enumerate(names, 1):
-        _points(grid[0, place], arrays[name]["samples"], COLOURS[2])
-        _points(grid[1, place], arrays[name]["codes"], colours)
+    columns = min(COLUMNS, 1 + len(arrays))
+    blocks = math.ceil((1 + len(arrays)) / columns)
+    figure = Figure(figsize=(2.1 * columns, 4.15 * blocks), layout="constrained")
+    heights = [(Y[1] - Y[0]) / (X[1] - X[0]), 1.0] * blocks
+    grid = figure.subplots(2 * blocks, columns, squeeze=False, height_ratios=heights)
+    above, below = grid[::2].ravel(), grid[1::2].ravel()
+    _points(above[0], data.numpy(), colours)
+    _points(below[0], prior, INK)
+    above[0].set_title("held-out data", fontsize=8)
+    below[0].set_title("prior", fontsize=8)
+    above[0].set_ylabel("x: samples")
+    below[0].set_ylabel("z: codes of the data")
+    for place, (name, own) in enumerate(arrays.items(), 1):
+        _points(above[place], own["samples"], COLOURS[2])
+        _points(below[place], own["codes"], colours)
         mark = marks.get(name, "")
-        title = textwrap.wrap(shorten(name, 40), 20) + ([mark] if mark else [])
-        grid[0, place].set_title("\n".join(title), fontsize=8)
-    for axes in grid[0]:
-        _bare(axes, X, Y)
-    for axes in grid[1]:
-        _bare(axes, CODE, CODE)
+        title = textwrap.wrap(shorten(name, 48), 27) + ([mark] if mark else [])
+        above[place].set_title("\n".join(title), fontsize=8)
+    for place in range(len(above)):
+        if place > len(arrays):
+            above[place].axis("off")
+            below[place].axis("off")
+        else:
+            _bare(above[place], X, Y)
+            _bare(below[place], CODE, CODE)
     return figure
 
 

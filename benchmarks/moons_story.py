@@ -129,10 +129,9 @@ def _line(name: str, rows: pd.DataFrame) -> dict[str, str]:
     return {
         "setting": name,
         "bound, nats": told(*means(rows, "log_likelihood")),
-        "below the truth": told(*means(rows, "below_truth")),
-        "active units": f"{means(rows, 'active_units')[0]:.1f} of {units:.0f}",
+        "active": f"{means(rows, 'active_units')[0]:.1f} of {units:.0f}",
         "information": told(*means(rows, "information"), 2),
-        "k-hat too high": f"{100 * means(rows, 'khat_bad')[0]:.0f} %",
+        "k-hat high": f"{100 * means(rows, 'khat_bad')[0]:.0f} %",
         "learned scale": told(*means(rows, "scale")),
         "doctor": doctor,
     }
