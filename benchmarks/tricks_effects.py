@@ -280,9 +280,12 @@ def _reach(effect: np.ndarray, se: np.ndarray) -> float:
 def notes(results: Results) -> list[str]:
     """What a reader must know."""
     rows = results.rows
+    sizes = {str(m): part.iloc[0] for m, part in rows.groupby("task", sort=False)} if "steps" in rows else {}
     unfinished = [f"{t}, {g}" for (t, g), part in rows.groupby(["task", "guide"]) if (part["status"] != "ok").any()]
     return [
-        "steps and step size are the same on and off: a trick that lets one train longer or faster gains nothing here",
+        *(f"{m}: {r['steps']} steps of {r['batch_size']} rows, step size {r['lr']:g}" for m, r in sizes.items()),
+        "trainings are short, with as many steps and the same step size on and off: what lets one train longer or "
+        "faster gains nothing, and a decay that ends before the training would is at a disadvantage",
         "the step size was chosen for the plain models, which favours what is plain",
         "splits share training rows, and frames of the random splits of Frey faces have near twins in training: errors "
         "are those of this protocol, not of other data",
