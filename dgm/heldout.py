@@ -69,19 +69,19 @@ class HeldOut:
                 sampler.require_rows()
         return self._samplers
 
-    def bound(self, seed: int, samples: int | None = None) -> Tensor:
+    def bound(self, seed: int, samples: int | None = None, *, importance: bool = False) -> Tensor:
         """`(N,)`: the ELBO (local latents) or log predictive density (global ones) of each row, in nats.
 
-        The same seed gives the same noise, so that successive checks of one training differ by its progress alone.
+        `importance`: the tighter importance bound for local latents as well. The same seed gives the same noise, so that successive checks of one training differ by its progress alone.
         """
         parts = []
         if steady() and not self._begun:  # the first pass makes the graphs, which differ from it by rounding
             self._begun = True
-            self.bound(seed, samples)
+            self.bound(seed, samples, importance=importance)
         with preserved_rng(seed):
             for sampler in self.samplers():
                 summary = LogWeightSummary()
                 for chunk in sampler.chunks(samples or self.samples):
                     summary.update(chunk.local)
-                parts.append(summary.importance_bound if sampler.has_global else summary.elbo)
+                parts.append(summary.importance_bound if importance or sampler.has_global else summary.elbo)
         return torch.cat(parts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from pyro import poutine
 from torch import Tensor
 
@@ -43,8 +42,12 @@ def predict(
     runs = Runs(pair, run, batch)
     if not ({"loc", "scale"} <= set(keys) or "logits" in keys):
         return None
-    pieces = list(runs.passes(num_samples))
-    out = {key: torch.cat([piece[i] for piece in pieces]) for i, key in enumerate(keys)}
+    out, start = dict[str, Tensor](), 0
+    for piece in runs.passes(num_samples):  # into one place: results kept between passes would break up the heap
+        for key, part in zip(keys, piece, strict=True):
+            whole = out.setdefault(key, part.new_empty(num_samples, *part.shape[1:]))
+            whole[start : start + len(part)] = part
+        start += len(piece[0])
     y = batch[-1]
     if "logits" in out:
         return CategoricalPrediction(out["logits"], y.long())

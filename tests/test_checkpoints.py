@@ -42,7 +42,7 @@ from dgm.guides.laplace import Laplace
 from dgm.models.bnn import BNN
 from dgm.models.vae import VAE
 from dgm.plain import flatten, unflatten
-from dgm.programs import preserved_rng
+from dgm.programs import isolated, preserved_rng
 
 FIRST_VERSION = Path(__file__).parent / "data" / "checkpoint-1"
 EPOCHS, BATCH = 4, 20
@@ -733,7 +733,7 @@ def test_damaged_weights_of_a_run_are_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_restore_in_a_fresh_process_predicts_the_same_bits(tmp_path: Path) -> None:
     fitted = train(vae_pair, tmp_path)
-    with preserved_rng(5), torch.no_grad():
+    with preserved_rng(5), torch.no_grad(), isolated():
         mine = fitted.guide(rows())
     code = f"""
 import torch, dgm

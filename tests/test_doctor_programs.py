@@ -845,7 +845,10 @@ MINE = (
 @pytest.fixture
 def these_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The symptoms of this file, so that the short trainings that others make are not waited for."""
-    monkeypatch.setattr("dgm.doctor.symptoms", lambda: {m.__name__.rpartition(".")[2]: m.look for m in MINE})
+    # dgm.doctor is the function, and hides its module
+    monkeypatch.setattr(
+        importlib.import_module("dgm.doctor"), "symptoms", lambda: {m.__name__.rpartition(".")[2]: m.look for m in MINE}
+    )
 
 
 def _faults() -> Iterator[tuple[Any, tuple[Tensor, ...], dict[str, Any], str]]:
