@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -862,7 +863,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=lambda o: str(o)[:40])
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=lambda o: re.sub(" at 0x.*", "", str(o))[:40])
 def test_options_out_of_their_domain(options: dict[str, Any], message: str) -> None:
     """F26, F28: refused before the first step, with the option, its value and what is expected."""
     with pytest.raises(OptionError, match=message):
