@@ -209,6 +209,7 @@ def many(seed: int, count: int = 10, n: int = 6) -> tuple[Results, tuple[Trick, 
     return results_of(rows), null
 
 
+@pytest.mark.slow
 def test_chance_is_called_an_effect_rarely() -> None:
     """In at most 5 % of the suites whose tricks all do nothing; without the correction it would be far more."""
     wrong, plain, runs = 0, 0, 100
@@ -242,6 +243,7 @@ KNOWN = (
 )
 
 
+@pytest.mark.slow
 def test_a_known_effect_is_found_and_none_is_not() -> None:
     rows = []
     for name, settings in variants(DIGITS, KNOWN).items():

@@ -275,6 +275,7 @@ def correlated() -> tuple[BayesianLinearRegression, Tensor, Tensor]:
     return BayesianLinearRegression(2, noise=0.5), x, torch.zeros(20)
 
 
+@pytest.mark.slow
 def test_a_diagonal_guide_of_correlated_weights_fails_in_coverage() -> None:
     """Its scales are (1 - r^2)^(1/2) of the posterior's: z-scores spread by the inverse of that."""
     model, x, y = correlated()

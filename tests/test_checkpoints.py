@@ -241,6 +241,7 @@ def test_compiled_replicas_resume_to_the_same_bits(tmp_path: Path) -> None:
         assert_same(one, two)
 
 
+@pytest.mark.slow
 def test_a_diverged_replica_stays_diverged(tmp_path: Path) -> None:
     options = {"compile": "trace", "lr": 1.0, "optim": partial(torch.optim.SGD, lr=1e30)}
     whole = train_replicas(tmp_path / "a", **options)

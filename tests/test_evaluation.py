@@ -80,6 +80,7 @@ def test_estimates_refuse_what_they_cannot_mean() -> None:
     assert math.isnan(Estimate.of(torch.zeros(1, 2), "bound").mc_se)
 
 
+@pytest.mark.slow
 def test_error_of_a_predictive_density_counts_that_rows_share_their_draws() -> None:
     x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     y = x[:, 0] + 0.5 * torch.randn(60, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)

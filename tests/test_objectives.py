@@ -265,6 +265,7 @@ def test_bound_of_a_minibatch_is_that_of_all_rows(loss: Any) -> None:
     assert float(parts.mean()) <= evidence + 1e-3
 
 
+@pytest.mark.slow
 def test_pyro_s_renyi_bound_lies_above_the_evidence_in_minibatches() -> None:
     """The mutant that the market ships: the plate's N/B scale inside of the logarithm."""
     with preserved_rng(0), pyro.get_param_store().scope():

@@ -289,6 +289,7 @@ def test_fit_finishes_and_a_fresh_guide_takes_the_state(name: str) -> None:
     assert has_density(guide) is whole and math.isnan(global_khat(model, guide, *batch, num_samples=100)) is not whole
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_posterior() -> None:
     model, batch = network(likelihood=Normal())
     for name in ("kronecker", "swag", "nuts"):
