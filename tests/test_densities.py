@@ -135,6 +135,7 @@ def test_traced_and_stacked_gradients_are_the_eager_ones(ours: Make, context: in
             assert torch.allclose(stacked[name][k], eager[name], rtol=1e-8, atol=1e-8), name
 
 
+@pytest.mark.slow
 def test_a_replica_is_the_single_run_with_its_seed(ours: Make, caplog: pytest.LogCaptureFixture) -> None:
     _, batch = bayesian_linear_regression.example()
     guide = partial(Global, family=ours)

@@ -416,6 +416,7 @@ def correlated(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("log_p", [banana, correlated])
 @pytest.mark.parametrize("name", ["iaf", "spline"])
+@pytest.mark.slow
 def test_flows_beat_the_diagonal(name: str, log_p: Callable[[Tensor], Tensor]) -> None:
     flow, flow_error = elbo_of_fit(OURS[name](2), log_p)
     diagonal, error = elbo_of_fit(DiagonalNormal(2), log_p)

@@ -418,6 +418,7 @@ def test_traced_step_gives_the_losses_of_the_eager_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["stl", "analytic", "dreg", "rws", "score", "sobol"])
+@pytest.mark.slow
 def test_replicas_equal_single_runs(name: str) -> None:
     x = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     make, guide = (lambda: Shifted()), (lambda model, x: Line())

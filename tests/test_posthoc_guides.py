@@ -301,6 +301,7 @@ def test_the_same_seed_gives_the_same_posterior() -> None:
         assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2]), name
 
 
+@pytest.mark.slow
 def test_compare_and_replicas_finish_every_seed() -> None:
     model, batch = network(likelihood=Normal())
     guides = {name: MADE[name] for name in ("full", "kronecker", "swag", "last layer", "nuts")}

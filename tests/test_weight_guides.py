@@ -132,6 +132,7 @@ def test_state_and_copies(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["per layer, matrix", "dropout"])
+@pytest.mark.slow
 def test_a_replica_is_the_single_run_with_its_seed(name: str) -> None:
     fits = dgm.fit(network, ATTACH[name], X, Y, steps=5, batch_size=16, replicas=2, compile="trace")
     assert all(fit.error is None for fit in fits)
