@@ -26,6 +26,7 @@ from torch import Tensor
 
 import dgm
 from dgm.checkpoint import Checkpoints
+from dgm.provenance import provenance
 from dgm.replicas import Replicas
 
 from .speed_cases import Case
@@ -197,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"torch": torch.__version__, "dgm": dgm.__version__, "guards": [], "checkpoints": []}
+    found: dict[str, Any] = {"provenance": provenance(), "guards": [], "checkpoints": []}
     for name in args.cases:
         for mode in args.modes:
             if "guards" in args.what:
