@@ -72,7 +72,8 @@ class HeldOut:
     def bound(self, seed: int, samples: int | None = None, *, importance: bool = False) -> Tensor:
         """`(N,)`: the ELBO (local latents) or log predictive density (global ones) of each row, in nats.
 
-        `importance`: the tighter importance bound for local latents as well. The same seed gives the same noise, so that successive checks of one training differ by its progress alone.
+        `importance`: the tighter importance bound for local latents as well. The same seed gives the same noise, so
+        that successive checks of one training differ by its progress alone.
         """
         parts = []
         if steady() and not self._begun:  # the first pass makes the graphs, which differ from it by rounding
