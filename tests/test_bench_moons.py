@@ -183,6 +183,7 @@ def test_a_vae_row(tmp_path: Path) -> None:
     assert not torch.equal(rows[0]["codes"], rows[1]["codes"])
 
 
+@pytest.mark.slow
 def test_a_classifier_row() -> None:
     rows = moons.run([Cell(moons_bnn.TASK, "diagonal normal", seed, NETWORK) for seed in (0, 1)])
     for row in rows:

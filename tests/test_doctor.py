@@ -296,7 +296,7 @@ SICK: dict[str, tuple[str, str, Callable[[], Any]]] = {
 
 
 PARTS = {"dead likelihood": "model", "loud likelihood": "model", "dead guide": "guide", "loud guide": "guide"}
-LONG = {"many samples", "too high", "too low", "k-hat"}
+LONG = {"many samples", "too high", "too low", "k-hat", "collapse"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in LONG)) for c in SICK])
