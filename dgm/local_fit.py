@@ -83,7 +83,7 @@ class LocalFit:
 def frozen(*pairs: Pair) -> Iterator[None]:
     """Evaluation mode and no trainable parameter, put back as they were."""
     modules = [part for pair in pairs for part in pair.owners.modules()]
-    parameters = [p for pair in pairs for p in [*pair.owners.parameters(), *pair._closed_over().values()]]
+    parameters = [p for pair in pairs for p in [*pair.owners.parameters(), *pair.closed_over().values()]]
     modes, needed = [part.training for part in modules], [p.requires_grad for p in parameters]
     try:
         for part in modules:

@@ -229,7 +229,7 @@ class Pair:
         """Every trainable parameter of the pair by name, each once."""
         found: dict[str, Tensor] = {name: p for name, p in self.owners.named_parameters() if p.requires_grad}
         seen = {id(p) for p in found.values()}
-        found.update({n: p for n, p in self._closed_over().items() if p.requires_grad and id(p) not in seen})
+        found.update({n: p for n, p in self.closed_over().items() if p.requires_grad and id(p) not in seen})
         return found
 
     @property
@@ -238,7 +238,7 @@ class Pair:
         inside = sum(getattr(part, "evaluations_per_step", 1) - 1 for part in self.owners.modules())
         return int(getattr(self.loss_fn, "num_particles", 1)) * (1 + inside)
 
-    def _closed_over(self) -> dict[str, Tensor]:
+    def closed_over(self) -> dict[str, Tensor]:
         """Parameters of modules that a program names by `pyro.module` without being their home."""
         return {n: p for home in self.owners.children() for n, p in home.__dict__.get("pyro_modules", {}).items()}
 
@@ -246,7 +246,7 @@ class Pair:
     def movable(self) -> bool:
         """Whether all parameters can be exchanged from outside; not those of modules that a function closes over."""
         held = {id(p) for p in self.owners.parameters()}
-        return all(id(p) in held for p in self._closed_over().values())
+        return all(id(p) in held for p in self.closed_over().values())
 
     @contextlib.contextmanager
     def running(self, *, rows: Tensor | None = None, validate: bool = False) -> Iterator[None]:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .digest import digest
 from .errors import ModelError, OptionError
 from .feeding import Loaded, Memory
 from .heldout import spaced
 from .mapped import MappedArray
-from .programs import owner, program_name
+from .pair_weights import load_weights, weights
 from .stopping import NoisyPlateau
 
 if TYPE_CHECKING:
@@ -36,12 +36,10 @@ __all__ = [
     "load_group_state",
     "load_progress",
     "load_run_state",
-    "load_weights",
     "progress",
     "random_streams",
     "run_state",
     "set_random_streams",
-    "weights",
 ]
 
 State = dict[str, Any]
@@ -59,7 +57,7 @@ def run_state(run: Run) -> State:
     optimiser = run.svi._optimiser()
     return {
         "told": run.told,
-        "weights": weights(run.svi),
+        "weights": weights(run.svi.pair),
         "optimiser": optimiser.state_dict(),
         "schedule": None if run.scheduler is None else run.scheduler.state_dict(),
         "random": random_streams(),
@@ -77,7 +75,7 @@ def load_run_state(run: Run, state: Mapping[str, Any]) -> None:
     Raises:
         ModelError: the state is of another model or guide.
     """
-    load_weights(run.svi, state["weights"])
+    load_weights(run.svi.pair, state["weights"], "the checkpoint")
     run.svi._optimiser().load_state_dict(state["optimiser"])
     if run.scheduler is not None:
         run.scheduler.load_state_dict(state["schedule"])
@@ -159,7 +157,7 @@ def load_group_state(
 def _fixed(svi: SVI) -> dict[str, Tensor]:
     """What of a pair is not trained: buffers and frozen parameters."""
     trained = {value.data_ptr() for value in svi.parameters.values()}
-    return {name: value for name, value in weights(svi).items() if value.data_ptr() not in trained}
+    return {name: value for name, value in weights(svi.pair).items() if value.data_ptr() not in trained}
 
 
 def _plain_group(group: Mapping[str, Any]) -> State:
@@ -201,48 +199,6 @@ def load_progress(run: Run, state: Mapping[str, Any]) -> None:
     if state["rule"] is not None:
         run.rule = NoisyPlateau(state["rule"]["patience"], state["rule"]["z"])
         vars(run.rule).update(state["rule"])
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def weights(svi: SVI) -> dict[str, Tensor]:
-    """Parameters and buffers of a pair by the names that messages use, each once."""
-    found: dict[str, Tensor] = {}
-    for role, program in (("model", svi.model), ("guide", svi.guide)):
-        module = owner(program)
-        for name, value in (module.state_dict() if isinstance(module, nn.Module) else {}).items():
-            if isinstance(value, Tensor):
-                found[f"{role}.{name}"] = value
-    held = {value.data_ptr() for value in found.values()}
-    for name, value in svi.parameters.items():  # of modules that a function closes over
-        if value.data_ptr() not in held:
-            found[f"other.{name}"] = value
-    return found
-
-
-def load_weights(svi: SVI, saved: Mapping[str, Tensor]) -> None:
-    """Copy weights into a pair.
-
-    Raises:
-        ModelError: a name or shape that is not the pair's; the message names the first.
-    """
-    present = weights(svi)
-    same_names(saved, present, f"{program_name(svi.model)} with {program_name(svi.guide)}")
-    with torch.no_grad():
-        for name, value in present.items():
-            value.copy_(saved[name])
-
-
-def same_names(saved: Mapping[str, Tensor], present: Mapping[str, Tensor], pair: str) -> None:
-    """Refuse weights of another pair."""
-    for name in [*saved, *present]:
-        was, now = (tuple(part[name].shape) if name in part else "missing" for part in (saved, present))
-        if was != now:
-            raise ModelError(
-                f"the checkpoint is not of this pair ({pair}): {name!r} is {was} there and {now} here; was the model "
-                "or the guide changed since?"
-            )
 
 
 # --- random streams -------------------------------------------------------------------------------------------------

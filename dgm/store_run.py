@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import __version__
-from .errors import DataError, ModelError
+from .errors import DataError
 from .pair import Pair
-from .programs import Program, owner, preserved_rng
+from .pair_weights import load_weights, weights
+from .programs import Program
 from .provenance import provenance
 from .resume import example_of
 from .store import writable, write_whole
@@ -35,7 +35,8 @@ class Run:
 
     Attributes:
         spec: how model, data and guide are made again, as it was given to `save_run`.
-        weights: state of the model ("model.<name>") and of the guide ("guide.<name>").
+        weights: of the model ("model.<name>"), the guide ("guide.<name>"), and of modules that a function closes over
+            ("other.<name>").
         about: steps, evaluations, seconds, why training stopped, how the steps ran, versions and command.
         history: the training curve, as in `Fit`.
         example: a few rows of the data, with which the guide can be made again; empty where none were kept.
@@ -56,8 +57,7 @@ class Run:
         """
         pair = Pair(model, guide)
         pair.check(batch)  # creates the parameters that Pyro makes lazily
-        for role, program in (("model", pair.model), ("guide", pair.guide)):
-            _load(role, owner(program), self.weights, self.folder)
+        load_weights(pair, self.weights, self.folder)
         return pair.model, pair.guide
 
 
@@ -74,11 +74,8 @@ def save_run(folder: str | os.PathLike[str], spec: Mapping[str, Any], fit: Fit, 
         OptionError: the folder cannot be written to.
     """
     folder = writable(Path(folder))
-    weights: dict[str, Tensor] = {}
-    for role, program in (("model", fit.model), ("guide", fit.guide)):
-        module = owner(program)
-        state = module.state_dict() if module is not None else {}
-        weights.update({f"{role}.{name}": value.detach().cpu().contiguous().clone() for name, value in state.items()})
+    state = weights(Pair(fit.model, fit.guide))
+    kept = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     about = {
         "steps": fit.steps,
         "evaluations": fit.evaluations,
@@ -88,8 +85,8 @@ def save_run(folder: str | os.PathLike[str], spec: Mapping[str, Any], fit: Fit, 
         "seed": fit.seed,
         **provenance(),
     }
-    weights.update({f"example.{i}": t.contiguous() for i, t in enumerate(example_of(example))})
-    payload = save(weights)
+    kept.update({f"example.{i}": t.contiguous() for i, t in enumerate(example_of(example))})
+    payload = save(kept)
     told = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     content = {"format": FORMAT, "dgm": __version__, "spec": dict(spec), "about": about, "weights": told}
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
@@ -129,28 +126,13 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
                 f"{WEIGHTS} holds {len(payload)} bytes that do not give the SHA-256 in {RECIPE}, "
                 f"expected {told.get('bytes')} bytes"
             )
-        weights = load(payload)
+        found = load(payload)
         history = pd.read_csv(folder / HISTORY)
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"a file of the run {os.fspath(folder)!r} is missing or damaged: {error}") from error
-    kept = sorted((name for name in weights if name.startswith("example.")), key=lambda name: (len(name), name))
-    example = tuple(weights.pop(name) for name in kept)
-    return Run(folder, spec, weights, about, history, example)
-
-
-def _load(role: str, module: nn.Module | None, weights: Mapping[str, Tensor], folder: Path) -> None:
-    stored = {name.removeprefix(f"{role}."): value for name, value in weights.items() if name.startswith(f"{role}.")}
-    present = module.state_dict() if module is not None else {}
-    for name in [*stored, *present]:
-        a, b = (tuple(state[name].shape) if name in state else "missing" for state in (stored, present))
-        if a != b:
-            raise ModelError(
-                f"the weights in {folder} are not of this {role}: {name!r} is {a} there and {b} here; was the model "
-                "changed since it was trained?"
-            )
-    if module is not None:
-        with preserved_rng(), torch.no_grad():
-            module.load_state_dict(stored)
+    rows = sorted((name for name in found if name.startswith("example.")), key=lambda name: (len(name), name))
+    example = tuple(found.pop(name) for name in rows)
+    return Run(folder, spec, found, about, history, example)
 
 
 __all__ = ["Run", "load_run", "save_run"]

@@ -673,6 +673,27 @@ def test_restore_gives_the_trained_pair_back(tmp_path: Path) -> None:
     assert one == two
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_restore_reaches_modules_that_a_function_closes_over(cut: bool, tmp_path: Path) -> None:
+    def make() -> tuple[Any, nn.Module]:
+        decoder = nn.Linear(2, 6)
+
+        def model(x: Tensor) -> None:
+            pyro.module("decoder", decoder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+        return model, decoder
+
+    model, trained = make()
+    train(lambda: (model, Amortized(model, rows())), tmp_path, 7 if cut else 0)
+    other, fresh = make()
+    assert not torch.equal(fresh.weight, trained.weight)
+    dgm.restore(tmp_path, lambda: other, Amortized)
+    assert torch.equal(fresh.weight, trained.weight) and torch.equal(fresh.bias, trained.bias)
+
+
 def test_restore_of_a_training_that_was_cut_short(tmp_path: Path) -> None:
     assert train(vae_pair, tmp_path, 7) is None
     again = dgm.restore(tmp_path, VAE(6, latent=2, hidden=(8,)), Amortized)

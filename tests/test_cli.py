@@ -379,7 +379,7 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
         (tmp_path / name / name).write_bytes(content)
         with pytest.raises(DataError, match="damaged"):
             store_run.load_run(tmp_path / name)
-    with pytest.raises(ModelError, match="was the model changed"):
+    with pytest.raises(ModelError, match="was the model or the guide changed"):
         store_run.load_run(tmp_path / "run").restore(*_pair("full-normal"), torch.zeros(20, 2))
     with pytest.raises(OptionError, match="cannot write"):
         store_run.save_run(tmp_path / "run" / "run.json" / "sub", {}, result)
