@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from .borrowed import quietly
 from .errors import DGMError, OptionError
 from .graph import Untraceable
 from .programs import preserved_rng
@@ -143,21 +143,9 @@ def compatibility(names: Iterable[str] | None = None) -> pd.DataFrame:
     if unknown:
         raise OptionError(f"no guide {unknown[0]!r}: `dgm list guides` shows them")
     chosen = [entry for name, entry in zoo.items() if names is None or name in names]
-    with preserved_rng(0), _silence():
+    with preserved_rng(0), quietly():  # why a step stays eager is in the table
         rows = [_row(entry) for entry in sorted(chosen, key=lambda e: (e.kind != "family", e.name))]
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Why a step stays eager is in the table; it need not be logged as well."""
-    log = logging.getLogger("dgm")
-    before = log.disabled
-    log.disabled = True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _row(entry: Entry) -> dict[str, str]:
