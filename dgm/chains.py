@@ -16,10 +16,10 @@ from .drawn import Chains
 from .errors import ModelError, OptionError
 from .hmc import DualAveraging, State, Target, check_target, first_step, start, transition
 from .log_joint import LogJoint
+from .options import checked_seed
 from .packing import Packing
 from .programs import Program, preserved_rng, program_name, with_home
 from .sites import DATA_PLATE, latents, require_continuous, start_values, trace_once
-from .training import checked_seed
 
 __all__ = ["Chains", "sample_chains"]
 

@@ -39,8 +39,8 @@ def run_doctor(
     """
     from .commands import plural, task  # here, because the other command must run where torch does not
     from .errors import OptionError
+    from .options import checked_seed
     from .programs import program_name
-    from .training import checked_seed
 
     if epochs is not None and steps is not None:
         raise OptionError("epochs and steps are both given, expected one of them")

@@ -23,13 +23,13 @@ from .findings import Diagnosis, Finding
 from .heldout import spaced
 from .mapped import MappedArray
 from .optim import adam
+from .options import checked_seed
 from .pair import Pair, batch_rows, chunk_of
 from .posthoc import finishers
-from .programs import Program, owner, preserved_buffers, preserved_rng, program_name
+from .programs import Program, floating_type, owner, preserved_buffers, preserved_rng, program_name
 from .sites import DATA_PLATE
 from .starting import maker
 from .symptoms import Look, symptoms
-from .training import checked_seed, floating_type
 
 __all__ = ["doctor"]
 

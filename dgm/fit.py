@@ -13,13 +13,15 @@ from tqdm import tqdm
 from .checkpoint import Checkpoints
 from .errors import OptionError
 from .feeding import Transform, _sources
+from .fitted import Fit, Interrupted, Terminated
 from .nonfinite import Policy
+from .options import Options, Plan, checked_seed
 from .pace import Compile, steady_choices
-from .programs import Program, preserved_rng, program_name
+from .programs import Program, floating_type, move, preserved_rng, program_name
 from .resume import fingerprint
 from .schedules import KLSchedule
 from .store_run import save_run
-from .training import Fit, Interrupted, Options, Plan, Terminated, checked_seed, floating_type, move
+from .training import Run
 
 
 @overload
@@ -146,7 +148,7 @@ def fit(  # type: ignore[misc]  # of the options above the signatures say no mor
     move(model, guide, device=device, dtype=dtype)
     seen = dtype if dtype is not None else floating_type(model, guide)
     source, held_out = _sources(data, validation, batch_size, plan.seed, transform, device, seen)
-    run = options.run(model, guide, source, held_out, plan, lr)
+    run = Run.of(options, model, guide, source, held_out, plan, lr)
     with preserved_rng(plan.seed), tqdm(total=plan.total(source.steps), disable=not progress, unit="step") as bar:
         if kept is None:
             return run.go(schedule, bar)

@@ -19,18 +19,20 @@ from .checkpoint import Checkpoints
 from .data import as_tensors, split_rows
 from .errors import DGMError, OptionError
 from .feeding import Memory
+from .fitted import Fit, Interrupted, Stop, Terminated
 from .flush import flushed
 from .graph import Untraceable
 from .memory import SHARE, available, is_out_of_memory, step_bytes
+from .options import Options
 from .pace import steady_choices
-from .programs import preserved_rng
+from .programs import floating_type, preserved_rng
 from .replica_starts import Starts, Table
 from .replicas import Replicas
 from .resume import check_same, fingerprint, group_state, load_group_state, set_random_streams
 from .signals import Asked, deferred
 from .starting import maker
 from .store_run import save_run
-from .training import Fit, Interrupted, Options, Position, Run, Stop, Terminated, floating_type
+from .training import Position, Run
 
 log = logging.getLogger("dgm")
 
@@ -224,7 +226,7 @@ class _Group:
         source = Memory(self.tensors, options.batch_size, table.seeds[k], options.transform, own)
         plan = options.plan(table.seeds[k], table.kl[k])
         self.sources.append(source)
-        self.runs.append(options.run(model, guide, source, held_out, plan, table.rates[k], check=check))
+        self.runs.append(Run.of(options, model, guide, source, held_out, plan, table.rates[k], check=check))
 
     def train(self) -> dict[int, Fit]:
         """The fits by number of replica."""

@@ -17,7 +17,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from .errors import ModelError
+from .errors import ModelError, OptionError
 
 Program = Callable[..., Any]
 """A Pyro program: a module, a bound method of one, or a plain function."""
@@ -243,3 +243,21 @@ def announce(parameters: Mapping[str, Tensor]) -> None:
     """
     for name, value in parameters.items():
         effectful(lambda *_, value=value, **__: value, type="param")(name, name=name)
+
+
+def move(*programs: Program, device: Any = None, dtype: Any = None) -> None:
+    """Programs that are modules to a device and a floating type."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise OptionError(f"dtype is {dtype}, expected a floating one such as torch.float64; labels stay int64")
+    for program in programs:
+        if isinstance(program, type):
+            raise OptionError(f"{program_name(program)} is a class, expected an object: call it first")
+        module = owner(program)
+        if module is not None and (device is not None or dtype is not None):
+            nn.Module.to(module, device=device, dtype=dtype)
+
+
+def floating_type(*programs: Program) -> torch.dtype | None:
+    """That of the first parameter of the programs, in their order; None where there is none yet."""
+    homes = [home for home in map(owner, programs) if home is not None]
+    return next((p.dtype for home in homes for p in home.parameters() if p.is_floating_point()), None)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .errors import GuideError, OptionError
 from .feeding import checked_rows
+from .options import Options, checked_seed
+from .programs import move
 from .starting import maker, start_pair
-from .training import Options, checked_seed, move
 
 OWN = ("seed", "lr", "kl_weight", "rows")
 """Columns of `replicas` with a meaning of their own; every other one is an argument of the model's maker."""

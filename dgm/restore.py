@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoints
 from .errors import DataError, GuideError
+from .fitted import HISTORY, Fit
 from .programs import Program, preserved_rng
 from .resume import rows_of
 from .starting import maker
 from .store_run import RECIPE, Run, load_run
-from .training import HISTORY, Fit
 
 __all__ = ["restore"]
 

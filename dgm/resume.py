@@ -25,9 +25,10 @@ from .pair_weights import load_weights, weights
 from .stopping import NoisyPlateau
 
 if TYPE_CHECKING:
+    from .options import Options
     from .replicas import Replicas
     from .svi import SVI
-    from .training import Options, Run
+    from .training import Run
 
 __all__ = [
     "check_same",

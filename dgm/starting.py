@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .programs import isolated, preserved_rng
-from .training import move
+from .programs import isolated, move, preserved_rng
 
 
 def start_pair(

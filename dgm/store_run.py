@@ -17,13 +17,13 @@ from torch import Tensor
 
 from . import __version__
 from .errors import DataError
+from .fitted import Fit
 from .pair import Pair
 from .pair_weights import load_weights, weights
 from .programs import Program
 from .provenance import provenance
 from .resume import example_of
 from .store import writable, write_whole
-from .training import Fit
 
 FORMAT = 1
 RECIPE, WEIGHTS, HISTORY = "run.json", "weights.safetensors", "history.csv"

@@ -1,33 +1,30 @@
-"""A training in progress: its options, its history, and what came of it."""
+"""A training in progress."""
 
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint import Checkpoints
 from .checks import EachBatch, check_all_rows, check_observed
 from .errors import DGMError, GuideError, OptionError, TrainingError
-from .feeding import Batch, Loaded, Memory, Transform
+from .feeding import Batch, Loaded, Memory
+from .fitted import HISTORY, Fit, Interrupted, Stop
 from .heldout import HeldOut
-from .limits import check_limits
-from .nonfinite import Guard, Policy
 from .optim import adam
-from .pace import Compile
+from .options import Options, Plan
 from .pair import batch_rows
 from .posthoc import finishers
-from .programs import Program, owner, preserved_rng, program_name
+from .programs import Program, preserved_rng, program_name
 from .resume import after_skipping, check_same, example_of, load_run_state, run_state
-from .schedules import KLSchedule
 from .signals import Asked, deferred
 from .sites import DATA_PLATE
 from .stopping import NoisyPlateau
@@ -35,75 +32,6 @@ from .structure import check_last_batch, check_modes
 from .svi import SVI
 
 Batches = Iterator[tuple[Batch, Tensor | None]]
-HISTORY = "epoch step evaluations elbo kl_weight lr valid_elbo valid_se seconds".split()
-
-
-@dataclass
-class Fit:
-    """A trained pair and how it came about.
-
-    Attributes:
-        model, guide: the trained pair, in place.
-        history: one row for each epoch (or step): epoch, step, evaluations, elbo (training, nats a datum), kl_weight,
-            lr, valid_elbo and valid_se (nats a datum; NaN where not validated), seconds. The last row's valid_elbo is
-            that of the finished guide, where the guide has a `finish`.
-        steps, evaluations: optimiser steps; model density evaluations (rows times particles), `finish` included.
-        seconds, cpu_seconds: wall-clock and process time of training and of the guide's `finish`, validation apart; a
-            replica's share of its group.
-        stopped: why training ended.
-        error: of a replica that met a value that is not finite; None for all others.
-        engine: how the steps ran: "eager", "trace" or "inductor", and why not faster.
-    """
-
-    model: Program
-    guide: Program
-    history: pd.DataFrame = field(default_factory=pd.DataFrame)
-    steps: int = 0
-    evaluations: int = 0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    stopped: str = ""
-    seed: int = 0
-    error: str | None = None
-    engine: str = ""
-
-    def __repr__(self) -> str:
-        last = f", elbo {self.history['elbo'].iloc[-1]:.4g} nats a datum" if len(self.history) else ""
-        return f"Fit({self.steps} steps in {self.seconds:.1f} s{last}; {self.stopped})"
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during `fit`; `fit` is what was finished, and the pair holds the parameters of its last whole step.
-
-    fits: the same of each replica, by its number.
-    """
-
-    def __init__(self, fit: Fit, fits: dict[int, Fit] | None = None):
-        super().__init__(f"interrupted after {fit.steps} steps")
-        self.fit, self.fits = fit, fits or {}
-
-
-class Terminated(SystemExit):
-    """SIGTERM during a `fit` with checkpoints: the step was finished and saved, and the process ends with code 143.
-
-    fit, fits: as those of `Interrupted`.
-    """
-
-    def __init__(self, fit: Fit, fits: dict[int, Fit] | None = None):
-        super().__init__(143)
-        self.fit, self.fits = fit, fits or {}
-
-
-class Stop(Exception):
-    """A signal asked for the end, after this step."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-    def ended(self, fit: Fit, fits: dict[int, Fit] | None = None) -> BaseException:
-        """What the caller of `fit` gets to see."""
-        return Interrupted(fit, fits) if self.number == signal.SIGINT else Terminated(fit, fits)
 
 
 @dataclass
@@ -122,145 +50,6 @@ class Position:
     order: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The options of one training that are numbers; checked once."""
-
-    epochs: int | None
-    steps: int | None
-    kl_warmup: float
-    seed: int
-    kl: float = 1.0
-    kl_schedule: KLSchedule | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "steps"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise OptionError(f"{name} is {value!r}, expected a positive whole number")
-        if (self.epochs is None) == (self.steps is None):
-            raise OptionError("give epochs or steps, one of them")
-        if not 0 <= self.kl_warmup < math.inf:
-            raise OptionError(f"kl_warmup is {self.kl_warmup!r}, expected a number of {self.unit}s >= 0")
-        if self.kl_schedule is not None and (self.kl_warmup or not callable(self.kl_schedule)):
-            raise OptionError(
-                "kl_schedule is a function of the time, such as dgm.schedules.cyclical(10), instead of kl_warmup"
-            )
-        if not 0 <= self.kl < math.inf:
-            raise OptionError(f"kl_weight is {self.kl!r}, expected a number >= 0; 1 for the ELBO")
-
-    @property
-    def unit(self) -> str:
-        return "epoch" if self.epochs is not None else "step"
-
-    def total(self, steps_per_epoch: int) -> int:
-        return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
-
-    def kl_weight(self, step: int, steps_per_epoch: int) -> float:
-        if self.kl_schedule is not None:
-            weight = float(self.kl_schedule((step + 1) / (1 if self.unit == "step" else steps_per_epoch)))
-            if not 0 <= weight < math.inf:
-                raise OptionError(f"kl_schedule gives {weight!r} at step {step + 1}, expected a weight >= 0")
-            return self.kl * weight
-        length = self.kl_warmup * (1 if self.unit == "step" else steps_per_epoch)
-        return self.kl if length == 0 else self.kl * min(1.0, (step + 1) / length)
-
-
-def checked_seed(seed: Any) -> int:
-    """A seed as torch takes it.
-
-    Raises:
-        OptionError: not a whole number in [0, 2**63).
-    """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= int(seed) < 2**63:
-        raise OptionError(f"seed is {seed!r}, expected a whole number from 0 to 2**63 - 1")
-    return int(seed)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `fit` was told, checked once; see there."""
-
-    epochs: int | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    optim: Any = None
-    lr: float = 1e-3
-    loss: Any = None
-    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
-    clip: float | None = None
-    kl_warmup: float = 0.0
-    kl_weight: float = 1.0
-    kl_schedule: KLSchedule | None = None
-    validation: float | Any | None = None
-    validate_every: int = 1
-    patience: int | None = None
-    seed: int = 0
-    device: torch.device | str | None = None
-    dtype: torch.dtype | None = None
-    progress: bool = False
-    transform: Transform | None = None
-    sizes: Mapping[str, int] | None = None
-    compile: Compile = "auto"
-    nonfinite: Policy = "stop"
-    skips: int = 10
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-        Guard(self.nonfinite, self.skips)
-        self.plan(self.seed, self.kl_weight)
-        if self.patience is not None and self.validation is None:
-            raise OptionError("patience needs held-out data: give validation=0.1, or arrays")
-        if isinstance(self.validate_every, bool) or self.validate_every < 1:
-            raise OptionError(f"validate_every is {self.validate_every!r}, expected a number of epochs >= 1")
-
-    def plan(self, seed: int, kl_weight: float) -> Plan:
-        """How long, with which seed and KL weight; 100 epochs unless told."""
-        epochs = 100 if self.epochs is None and self.steps is None else self.epochs
-        return Plan(epochs, self.steps, self.kl_warmup, checked_seed(seed), kl_weight, self.kl_schedule)
-
-    def single(self, seed: int, lr: float, kl_weight: float) -> dict[str, Any]:
-        """The arguments of `fit` for one replica."""
-        own = {"seed": seed, "lr": lr, "kl_weight": kl_weight, "progress": False}
-        return {f.name: getattr(self, f.name) for f in fields(self)} | own
-
-    def run(
-        self,
-        model: Program,
-        guide: Program,
-        source: Memory | Loaded,
-        held_out: Batch | None,
-        plan: Plan,
-        lr: float,
-        check: bool = True,
-    ) -> Run:
-        """A training that is ready to go, its data checked against the model."""
-        full = dict(self.sizes) if self.sizes is not None else source.sizes(model)
-        plates = {DATA_PLATE, *full}
-        if check:
-            check_modes(model, guide)
-        if check and isinstance(source, Loaded):
-            check_last_batch(source.rows, source.batch_size, source.loader.drop_last, model, guide)
-            source.each = EachBatch(model, plates)
-        if check and isinstance(source, Memory):
-            tensors = source.all_rows()
-            check_all_rows(model, tensors, plates, whole=source.whole, transform=self.transform)
-        if check and held_out is not None:
-            check_all_rows(model, held_out, plates, name="held-out rows")
-        for part in finishers(guide):  # not before: what is refused leaves a finished guide as it is
-            getattr(part, "reopen", lambda: None)()
-        optim = self.optim if self.optim is not None else adam(lr)
-        horizon = plan.total(source.steps)
-        steps: dict[str, Any] = {"compile": self.compile, "clip": self.clip, "horizon": horizon}
-        steps |= {"nonfinite": self.nonfinite, "skips": self.skips}
-        svi = SVI(model, guide, optim, self.loss, sizes=full, **steps)
-        held = HeldOut(model, guide, held_out, sizes=full) if held_out is not None else None
-        run = Run(svi, plan, source, held)
-        run.validate_every = self.validate_every
-        run.rule = NoisyPlateau(self.patience) if self.patience is not None else None
-        return run
 
 
 class Run:
@@ -283,6 +72,44 @@ class Run:
         self.scheduler: Any = None
         self.example: tuple[Tensor, ...] = ()  # a few rows, for making the guide again
         self.told: dict[str, Any] = {}  # what the training was asked for, as a checkpoint keeps it
+
+    @classmethod
+    def of(
+        cls,
+        options: Options,
+        model: Program,
+        guide: Program,
+        source: Memory | Loaded,
+        held_out: Batch | None,
+        plan: Plan,
+        lr: float,
+        check: bool = True,
+    ) -> Run:
+        """A training that is ready to go, its data checked against the model."""
+        full = dict(options.sizes) if options.sizes is not None else source.sizes(model)
+        plates = {DATA_PLATE, *full}
+        if check:
+            check_modes(model, guide)
+        if check and isinstance(source, Loaded):
+            check_last_batch(source.rows, source.batch_size, source.loader.drop_last, model, guide)
+            source.each = EachBatch(model, plates)
+        if check and isinstance(source, Memory):
+            tensors = source.all_rows()
+            check_all_rows(model, tensors, plates, whole=source.whole, transform=options.transform)
+        if check and held_out is not None:
+            check_all_rows(model, held_out, plates, name="held-out rows")
+        for part in finishers(guide):  # not before: what is refused leaves a finished guide as it is
+            getattr(part, "reopen", lambda: None)()
+        optim = options.optim if options.optim is not None else adam(lr)
+        horizon = plan.total(source.steps)
+        steps: dict[str, Any] = {"compile": options.compile, "clip": options.clip, "horizon": horizon}
+        steps |= {"nonfinite": options.nonfinite, "skips": options.skips}
+        svi = SVI(model, guide, optim, options.loss, sizes=full, **steps)
+        held = HeldOut(model, guide, held_out, sizes=full) if held_out is not None else None
+        run = cls(svi, plan, source, held)
+        run.validate_every = options.validate_every
+        run.rule = NoisyPlateau(options.patience) if options.patience is not None else None
+        return run
 
     def go(
         self,
@@ -538,21 +365,3 @@ def _failed(part: Any, error: Exception) -> GuideError:
         f"{type(part).__name__}.finish failed after training with {type(error).__name__}: {what}; the trained guide is "
         "kept as it was before it: mend `finish`, or call it yourself as guide.finish(model, *data)"
     )
-
-
-def move(*programs: Program, device: Any = None, dtype: Any = None) -> None:
-    """Programs that are modules to a device and a floating type."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise OptionError(f"dtype is {dtype}, expected a floating one such as torch.float64; labels stay int64")
-    for program in programs:
-        if isinstance(program, type):
-            raise OptionError(f"{program_name(program)} is a class, expected an object: call it first")
-        module = owner(program)
-        if module is not None and (device is not None or dtype is not None):
-            nn.Module.to(module, device=device, dtype=dtype)
-
-
-def floating_type(*programs: Program) -> torch.dtype | None:
-    """That of the first parameter of the programs, in their order; None where there is none yet."""
-    homes = [home for home in map(owner, programs) if home is not None]
-    return next((p.dtype for home in homes for p in home.parameters() if p.is_floating_point()), None)

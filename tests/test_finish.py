@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dgm
 from dgm.errors import DataError, GuideError, TrainingError
+from dgm.fitted import Interrupted
 from dgm.guides.amortized import Amortized
 from dgm.guides.free import Free
 from dgm.guides.global_ import Global
@@ -26,7 +27,6 @@ from dgm.models.bnn import BNN
 from dgm.models.likelihoods import Normal
 from dgm.posthoc import finishers, has_density
 from dgm.programs import preserved_rng
-from dgm.training import Interrupted
 
 
 def network() -> tuple[BNN, tuple[Tensor, Tensor]]:

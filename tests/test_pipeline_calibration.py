@@ -24,6 +24,7 @@ from torch import Tensor
 
 import dgm
 from dgm.data import as_tensors
+from dgm.fitted import Fit
 from dgm.guides.full_normal import FullNormal
 from dgm.guides.global_ import Global
 from dgm.pair import Pair
@@ -31,7 +32,6 @@ from dgm.predictive import predict
 from dgm.programs import preserved_rng
 from dgm.rank_tests import uniform_bins
 from dgm.runs import Runs
-from dgm.training import Fit
 
 ROWS, GROUPS, DRAWS, NOISE = 40, 3, 99, 0.7
 BATCH = 8
