@@ -1,15 +1,21 @@
-"""What the figures of `speed` amount to: ratios against the targets, Markdown tables and a picture."""
+"""What the rows of `speed` amount to: ratios of medians against the targets, tables and a picture."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dgm.bench_results import Results
 from dgm.style import COLOURS, DASHES, INK, MARKERS, styled
+
+from .speed_cases import find_case
+from .speed_worker import spread
 
 HAND, PYRO = ("by hand",), ("pyro", "pyro, same pair")
 NUMPYRO = ("numpyro scan", "numpyro scan, optax", "numpyro jit")
@@ -31,54 +37,85 @@ class Target:
 
 
 TARGETS = (
-    Target("VAE, batch 20, against PyTorch by hand", "vae20", HAND, 0.8),
-    Target("VAE, batch 128, against PyTorch by hand", "vae128", HAND, 0.95),
-    Target("VAE, batch 20, against NumPyro's best", "vae20", NUMPYRO, 1.0),
-    Target("VAE, batch 128, against NumPyro's best", "vae128", NUMPYRO, 1.0),
-    Target("VAE, batch 20, against stock Pyro", "vae20", PYRO, 0.3),
-    Target("VAE, batch 128, against stock Pyro", "vae128", PYRO, 0.55),
-    Target("BNN, 20 replicas, batch 32, against stock Pyro", "bnn32x20", PYRO, 1 / 200),
-    Target("BNN, 20 replicas, batch 100, against stock Pyro", "bnn100x20", PYRO, 1 / 120),
-    Target("BNN, 20 replicas, batch 32, against NumPyro's vmapped scan", "bnn32x20", NUMPYRO[:2], 0.6),
-    Target("BNN, 20 replicas, batch 100, against NumPyro's vmapped scan", "bnn100x20", NUMPYRO[:2], 0.75),
-    Target("BNN, 20 replicas traced, batch 32, against stock Pyro", "bnn32x20", PYRO, 1 / 25, "dgm trace"),
-    Target("BNN, 20 replicas traced, batch 100, against stock Pyro", "bnn100x20", PYRO, 1 / 25, "dgm trace"),
+    *(Target("CPU time against PyTorch by hand", c, HAND, limit) for c, limit in (("vae20", 0.8), ("vae128", 0.95))),
+    *(Target("CPU time against NumPyro's best", c, NUMPYRO, 1.0) for c in ("vae20", "vae128")),
+    *(Target("CPU time against stock Pyro", c, PYRO, limit) for c, limit in (("vae20", 0.3), ("vae128", 0.55))),
+    Target("CPU time against stock Pyro", "bnn32x20", PYRO, 1 / 200),
+    Target("CPU time against stock Pyro", "bnn100x20", PYRO, 1 / 120),
+    Target("CPU time against NumPyro's vmapped scan", "bnn32x20", NUMPYRO[:2], 0.6),
+    Target("CPU time against NumPyro's vmapped scan", "bnn100x20", NUMPYRO[:2], 0.75),
+    *(Target("CPU time against stock Pyro", c, PYRO, 1 / 25, "dgm trace") for c in ("bnn32x20", "bnn100x20")),
 )
 
-FIRST = (
-    ("dgm trace", "", 1.5),
-    ("dgm inductor", "warm", 6.0),
-)  # candidate, cache, seconds to the end of the first step
+FIRST = (("dgm trace", 1.5), ("dgm inductor, second process", 6.0))  # seconds to the end of the first step
 COMPARE = 1 / 20
 
 
-def targets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each target that the run holds figures for: what, threads, target, obtained, met, against."""
+def measured(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """Rows by part and job: figures of a candidate are spreads over its rounds."""
+    found: dict[str, list[dict[str, Any]]] = {"cases": [], "scaling": [], "first": [], "compare": []}
+    for (part, task), rows in results.good.groupby(["part", "task"], sort=False):
+        head = rows.iloc[0]
+        job: dict[str, Any] = {"task": task, "case": head["case"], "threads": int(head["threads_used"])}
+        if part == "compare":
+            sides = {name: one.iloc[0].to_dict() for name, one in rows.groupby("guide")}
+            if len(sides) == 2:
+                job |= {"cells": int(head["cells"]), "steps_a_cell": int(head["steps_a_cell"]), "sides": sides}
+                found["compare"].append(job)
+        elif part == "first":
+            found["first"] += [
+                {**job, "candidate": str(name), "first_step_s": float(seconds)}
+                for name, seconds in zip(rows["guide"], rows["first_step_s"], strict=True)
+            ]
+        else:
+            case = find_case(str(head["case"]))
+            figures = {
+                str(name): {unit: spread([float(v) for v in one[unit]]) for unit in ("cpu_ms", "wall_ms")}
+                for name, one in rows.groupby("guide", sort=False)
+            }
+            found[str(part)].append({**job, "axis": case.axis, "value": case.value, "candidates": figures})
+    return found
+
+
+def targets(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each target that the run holds figures for: task, what, ours, target, obtained, met, against."""
     rows: list[dict[str, Any]] = []
     for target in TARGETS:
-        for job in result["cases"]:
+        for job in found["cases"]:
             medians = {n: f["cpu_ms"]["median"] for n, f in job["candidates"].items()}
             rivals = {n: medians[n] for n in target.rivals if n in medians}
             if job["case"] != target.case or target.ours not in medians or not rivals:
                 continue
             best = min(rivals, key=lambda name: rivals[name])
-            rows.append(_row(target.what, job["threads"], target.limit, medians[target.ours] / rivals[best], best))
-    for name, cache, limit in FIRST:
-        for job in result["first"]:
-            if job["candidate"] == name and job["cache"] == cache:
-                what = f"{name}{', second process' if cache else ''}, first step of {job['case']} (s)"
-                rows.append(_row(what, job["threads"], limit, job["first_step_s"], "seconds"))
-    for job in result["compare"]:
-        what = f"compare, {job['cells']} cells of {job['steps_a_cell']} steps, wall time"
-        rows.append(_row(what, job["threads"], COMPARE, job["ratio_wall"], "pyro, same pair"))
+            rows.append(_row(job, target.ours, target.what, target.limit, medians[target.ours] / rivals[best], best))
+    for name, limit in FIRST:
+        for job in found["first"]:
+            if job["candidate"] == name:
+                rows.append(_row(job, name, "first step, seconds", limit, job["first_step_s"], ""))
+    for job in found["compare"]:
+        ours, stock = (job["sides"][name]["wall_s"] for name in ("dgm compare", "pyro, same pair"))
+        what = f"wall time of {job['cells']} cells of {job['steps_a_cell']} steps, against stock Pyro"
+        rows.append(_row(job, "dgm compare", what, COMPARE, ours / stock, "pyro, same pair"))
     return rows
 
 
-def _row(what: str, threads: int, limit: float, obtained: float, against: str) -> dict[str, Any]:
+def _row(job: Mapping[str, Any], ours: str, what: str, limit: float, obtained: float, against: str) -> dict[str, Any]:
     return {
-        "what": what, "threads": threads, "target": limit, "obtained": obtained, "met": obtained <= limit,
-        "against": against,
+        "task": job["task"], "what": what, "ours": ours, "target": limit, "obtained": obtained,
+        "met": obtained <= limit, "against": against,
     }  # fmt: skip
+
+
+def check_frame(found: Mapping[str, Any]) -> pd.DataFrame:
+    """Targets as the report's checks."""
+    return pd.DataFrame(
+        {
+            "task": row["task"], "guide": row["ours"], "metric": row["what"], "value": row["obtained"],
+            "expected": f"at most {ratio(row['target'])}", "tolerance": math.nan,
+            "fastest of them": row["against"] or "–", "verdict": "agree" if row["met"] else "miss",
+        }
+        for row in targets(found)
+    )  # fmt: skip
 
 
 def ratio(value: float) -> str:
@@ -90,72 +127,22 @@ def ratio(value: float) -> str:
     return f"1/{1 / value:.0f}" if 0 < value < 0.1 else f"{value:.2f}"
 
 
-def target_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Targets as Markdown."""
-    lines = ["| target | threads | at most | obtained | against | |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        shown = ratio if row["against"] != "seconds" else "{:.1f} s".format
-        lines.append(
-            f"| {row['what']} | {row['threads']} | {shown(row['target'])} | {shown(row['obtained'])} | "
-            f"{row['against']} | {'met' if row['met'] else '**missed**'} |"
-        )
-    return "\n".join(lines)
+def step_table(jobs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Cases down, candidates across."""
+    names = _in_order({name for job in jobs for name in job["candidates"]})
+    rows = [[job["task"], *(_median(job, name) for name in names)] for job in jobs]
+    return pd.DataFrame(rows, columns=["case", *names])
 
 
-def case_table(jobs: Iterable[Mapping[str, Any]]) -> str:
-    """CPU and wall milliseconds per replica and step, median (smallest to largest), as Markdown."""
-    lines = ["| case | threads | candidate | CPU ms | wall ms | loss a datum |", "|---|---|---|---|---|---|"]
-    for job in jobs:
-        for name in _in_order(job["candidates"]):
-            figures = job["candidates"][name]
-            lines.append(
-                f"| {job['case']} | {job['threads']} | {name} | {_spread(figures['cpu_ms'])} | "
-                f"{_spread(figures['wall_ms'])} | {figures['first_loss']:.4g} to {figures['last_loss']:.4g} |"
-            )
-        for name, why in job["skipped"].items():
-            lines.append(f"| {job['case']} | {job['threads']} | {name} | – | – | {why} |")
-    return "\n".join(lines)
+def growth_table(jobs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """What grows and how far down, candidates across."""
+    names = _in_order({name for job in jobs for name in job["candidates"]})
+    rows = [[f"{job['axis']}: {job['value']}", *(_median(job, name) for name in names)] for job in jobs]
+    return pd.DataFrame(rows, columns=["what grows", *names])
 
 
-def first_table(jobs: Iterable[Mapping[str, Any]]) -> str:
-    """First steps and peak memory as Markdown."""
-    lines = [
-        "| case | candidate | compiler's cache | import s | build s | first step s | peak MiB | of it before |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for job in jobs:
-        lines.append(
-            f"| {job['case']} | {job['candidate']} | {job['cache'] or '–'} | {job['import_s']:.1f} | "
-            f"{job['build_s']:.2f} | {job['first_step_s']:.2f} | {job['memory_peak_mib']:.0f} | "
-            f"{job['memory_before_mib']:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The whole run as a page: provenance, targets, tables."""
-    head = [f"{key}: {result[key]}" for key in ("command", "commit", "hardware", "versions", "date")]
-    parts = ["\n".join(f"* {line}" for line in head), target_table(targets(result)), case_table(result["cases"])]
-    parts += [case_table(result["scaling"])] if result["scaling"] else []
-    parts += [first_table(result["first"])] if result["first"] else []
-    parts += [compare_text(job) for job in result["compare"]]
-    parts += [f"failed: {line}" for line in result["failed"]]
-    return "\n\n".join(part for part in parts if part.count("\n") != 1) + "\n"
-
-
-def compare_text(job: Mapping[str, Any]) -> str:
-    """What the end-to-end comparison took, and how its rival's time came about."""
-    ours, stock = job["dgm"], job["stock"]
-    return (
-        f"compare on {job['data']}: {job['cells']} cells of {job['steps_a_cell']} steps, {ours['wall_s']:.0f} s (CPU "
-        f"{ours['cpu_s']:.0f} s), evaluation included; stock SVI, training alone, extrapolated from "
-        f"{stock['timed_steps']} steps of each family: {stock['wall_s']:.0f} s (CPU {stock['cpu_s']:.0f} s). "
-        f"Cells that failed: {job['failed'] or 'none'}."
-    )
-
-
-def _spread(figures: Mapping[str, float]) -> str:
-    return f"{figures['median']:.3g} ({figures['min']:.3g} to {figures['max']:.3g})"
+def _median(job: Mapping[str, Any], name: str) -> float:
+    return float(job["candidates"][name]["cpu_ms"]["median"]) if name in job["candidates"] else math.nan
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """One measurement in a process of its own, so that threads are set before any pool exists: `speed` starts it.
 
-python -m dgm.benchmarks.speed_worker '{"job": "time", "case": "vae20", "threads": 1, "rounds": 7}' out.json
+python -m dgm.benchmarks.speed_worker JOB out.json, where JOB is JSON as in `speed.in_process`
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def candidates(case: Any) -> dict[str, Candidate]:
 
 def _numpyro(case: Any) -> dict[str, Candidate]:
     def make(**options: Any) -> Train:
-        from .speed_numpyro import numpyro_rival
-
-        return numpyro_rival(case, **options)
+        return numpyro_module().numpyro_rival(case, **options)
 
     fed = (case.replicas, case.stacked)
     return {
@@ -80,6 +78,21 @@ def _numpyro(case: Any) -> dict[str, Candidate]:
         "numpyro scan": Candidate(partial(make, scanned=True), *fed, case.scan),
         "numpyro scan, optax": Candidate(partial(make, scanned=True, use_optax=True), *fed, case.scan),
     }
+
+
+def numpyro_module() -> Any:
+    """NumPyro's side.
+
+    Raises:
+        OptionError: it is not installed.
+    """
+    from dgm.errors import OptionError
+
+    try:
+        from . import speed_numpyro
+    except ImportError as error:
+        raise OptionError(f"{error}: pip install 'dgm[bench]' installs NumPyro with what it needs") from error
+    return speed_numpyro
 
 
 def blocks(case: Any, candidate: Candidate, steps: int) -> Any:
@@ -127,7 +140,7 @@ def measure(
 
 
 def _prepare(case: Any, candidate: Candidate, seconds: float, steps: int | None) -> dict[str, Any]:
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     train = candidate.make()
     built = time.perf_counter()
     loss = train(blocks(case, candidate, candidate.chunk))
@@ -146,6 +159,7 @@ def _prepare(case: Any, candidate: Candidate, seconds: float, steps: int | None)
     else:
         count = max(steps, candidate.chunk)
     times = {"build_s": built - start, "first_block_s": first - built}
+    times |= {"spent_wall_s": time.perf_counter() - start, "spent_cpu_s": time.process_time() - processor}
     return {"train": train, "steps": count, "first_loss": loss, "cpu": [], "wall": [], **times}
 
 
@@ -154,8 +168,11 @@ def _turn(case: Any, candidate: Candidate, ready: dict[str, Any]) -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     ready["last_loss"] = ready["train"](blocks(case, candidate, ready["steps"]))
     unit = 1e3 / ready["steps"] / candidate.replicas
-    ready["cpu"].append((time.process_time() - cpu) * unit)
-    ready["wall"].append((time.perf_counter() - wall) * unit)
+    spent_cpu, spent_wall = time.process_time() - cpu, time.perf_counter() - wall
+    ready["cpu"].append(spent_cpu * unit)
+    ready["wall"].append(spent_wall * unit)
+    ready["spent_cpu_s"] += spent_cpu
+    ready["spent_wall_s"] += spent_wall
 
 
 def _figures(case: Any, candidate: Candidate, ready: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +184,8 @@ def _figures(case: Any, candidate: Candidate, ready: dict[str, Any]) -> dict[str
         "steps_a_turn": ready["steps"],
         "build_s": ready["build_s"],
         "first_block_s": ready["first_block_s"],
+        "spent_wall_s": ready["spent_wall_s"],
+        "spent_cpu_s": ready["spent_cpu_s"],
         "first_loss": ready["first_loss"] / case.rows,
         "last_loss": ready["last_loss"] / case.rows,
     }
@@ -195,7 +214,7 @@ def peak_memory() -> float:
 def first_step(case: Any, name: str, launched: float) -> dict[str, Any]:
     """Seconds of import, of building model, guide and optimiser, and of the first step; peak memory of the process."""
     if name.startswith("numpyro"):
-        from . import speed_numpyro  # noqa: F401  (so that its import counts as one)
+        numpyro_module()  # so that its import counts as one
     candidate = candidates(case)[name]
     case.data  # noqa: B018  (made once; not the candidate's own time)
     since, imported, before = time.time() - launched, time.perf_counter(), peak_memory()
@@ -220,7 +239,11 @@ def main(argv: list[str] | None = None) -> None:
     text, out = sys.argv[1:] if argv is None else argv
     job = json.loads(text)
     set_threads(job["threads"])
+    from dgm.bench_executors import end_with_parent
+
     from .speed_cases import find_case
+
+    end_with_parent(job["parent"])
 
     if job["job"] == "compare":
         from .speed_compare import compare_end_to_end
@@ -230,10 +253,11 @@ def main(argv: list[str] | None = None) -> None:
         result = first_step(find_case(job["case"]), job["candidate"], job["launched"])
     else:
         case = find_case(job["case"])
-        chosen = {n: c for n, c in candidates(case).items() if n in (job.get("only") or TABLE)}
+        chosen = {n: c for n, c in candidates(case).items() if n in job["only"]}
         result = {"case": case.name, "axis": case.axis, "value": case.value}
         result |= measure(case, chosen, job["rounds"], job["seconds"], job.get("steps"))
-    Path(out).write_text(json.dumps(result | {"threads": job["threads"]}), encoding="utf-8")
+    result |= {"threads": job["threads"], "process_cpu_s": time.process_time()}
+    Path(out).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

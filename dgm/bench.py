@@ -191,11 +191,12 @@ def run_suite(
         were given up. progress: show cells done, rate and time left.
 
     Raises:
-        OptionError: unknown suite, budget or filter; a folder that another run holds; a full disk (`CannotWrite`).
+        OptionError: unknown suite, budget or filter; several workers for a suite of measured times; a folder that
+            another run holds; a full disk (`CannotWrite`).
         Stopped: Ctrl-C.
     """
     suite, about = find_suite(name), {**provenance(), "threads": "1", "library": library()}
-    store = Store(folder)
+    jobs, store = suite.workers(jobs), Store(folder)
     with locked(folder):
         store.prepare()
         plan = make_plan(suite, store, budget, filters, renew, retry)
@@ -219,7 +220,7 @@ def run_suite(
 def _clear(store: Store, plan: Plan) -> None:
     """Stale rows go, for a good row that is there is left alone."""
     for key in plan.stale & plan.wanted:
-        (store.cells / f"{key}.json").unlink(missing_ok=True)
+        store.discard(key)
 
 
 def _go(runner: Executor, orders: Sequence[Order], store: Store, plan: Plan, progress: bool) -> None:

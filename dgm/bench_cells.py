@@ -86,7 +86,8 @@ class Suite:
     of a task are missing. seconds: `(cell) -> estimate` until there are finished cells. checks: `(results) -> frame`
     of what must hold, with the columns task, guide, metric, value, expected, tolerance, verdict ("agree" or "miss").
     tables: more tables, `(results) -> {title: frame}`. figures: pictures of the report. notes: sentences of it. story:
-    chapters that stand before the tables.
+    chapters that stand before the tables. timed: its numbers are measured times, which are comparable within a job and
+    a run alone: jobs run one at a time, a job that runs again replaces all of its rows, and no row is reproducible.
     """
 
     name: str
@@ -104,6 +105,20 @@ class Suite:
     figures: Callable[[Results], Sequence[Drawn]] | None = None
     notes: Callable[[Results], Sequence[str]] | None = None
     story: Callable[[Results], Sequence[Chapter]] | None = None
+    timed: bool = False
+
+    def workers(self, count: int) -> int:
+        """The number of workers, where it is one that the suite can have.
+
+        Raises:
+            OptionError: more than one for measured times.
+        """
+        if self.timed and count > 1:
+            raise OptionError(
+                f"jobs is {count}: suite {self.name!r} measures times, and its jobs must not share the cores; leave "
+                "--jobs out"
+            )
+        return count
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from .errors import OptionError, TrainingError
 
-__all__ = ["Executor", "Finished", "Local", "WorkerDied", "Workers"]
+__all__ = ["Executor", "Finished", "Local", "WorkerDied", "Workers", "end_with_parent"]
 
 T = TypeVar("T")
 
@@ -102,11 +102,11 @@ def _worker() -> Any:
     from joblib.externals.loky import ProcessPoolExecutor
 
     one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    return ProcessPoolExecutor(1, timeout=None, env=one, initializer=_end_with, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(1, timeout=None, env=one, initializer=end_with_parent, initargs=(os.getpid(),))
 
 
-def _end_with(parent: int) -> None:
-    """End this worker when its parent is gone: nobody would wait for what it computes."""
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent is gone: nobody would wait for what it computes."""
 
     def watch() -> None:
         while os.getppid() == parent:

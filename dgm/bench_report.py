@@ -92,7 +92,7 @@ class Report:
     def figures(self) -> list[Drawn]:
         """Pictures: the first metric by task, what it costs, and those of the suite."""
         results, first, out = self.results, self.results.suite.metrics[0], list[Drawn]()
-        if len(results.good) and first.name in results.good:
+        if len(results.good) and first.name in results.good and not results.suite.timed:
             text = f"Means over {results.suite.repeats}s with two standard errors; dotted: published. Arrows: far off."
             out.append(("scores", first.title, text, score_figure(results, first, self.tasks, self.numbers)))
             cost = cost_figure(results, first, self.tasks)
@@ -113,12 +113,19 @@ class Report:
         results, suite = self.results, self.results.suite
         out = [str(n) for n in suite.notes(results)] if suite.notes is not None and len(results.good) else []
         shared = ", which share training rows" if suite.repeats == "split" else ""
-        out += [
-            f"±: standard error over {suite.repeats}s{shared}; differences are paired; tie: first place is open after "
-            "Holm's correction over all pairs at 5 %",
-            "rows are the same, bit for bit, for any number of workers and interruptions; costs are measured and vary",
-        ]
-        out += [f"{m.title}: {m.meaning}" for m in suite.metrics if m.meaning]
+        if len(results.good) and results.good.groupby(["task", "guide"]).size().max() > 1:
+            out.append(
+                f"±: standard error over {suite.repeats}s{shared}; differences are paired; tie: first place is open "
+                "after Holm's correction over all pairs at 5 %"
+            )
+        else:
+            out.append(f"one {suite.repeats} for each guide: no standard errors, and so no ranks")
+        if suite.timed:
+            out.append("rows are measured times: they vary from run to run, and only those of one task compare")
+        else:
+            out.append("rows are the same, bit for bit, for any number of workers and interruptions; costs vary")
+            out.append("CPU s: processor time of a cell, training and evaluation")
+        out += [f"{m.title}: {m.meaning}" for m in suite.metrics if m.meaning and m.name in results.rows]
         if results.elsewhere:
             out.append(
                 f"{results.elsewhere} results of another budget, protocol or version are in the folder, not shown"
@@ -133,7 +140,7 @@ class Report:
             out.append(("filter", "; ".join(plan["filter"])))
         out.append(("protocol", f"{self.results.suite.name}, number {plan['protocol']}"))
         for name in ("commit", "versions", "hardware", "threads", "library"):
-            if name in costs:
+            if name in costs and not (name == "threads" and self.results.suite.timed):
                 out.append((name, "; ".join(map(str, dict.fromkeys(costs[name].dropna())))))
         if "date" in costs and len(costs):
             out.append(("date", f"{costs['date'].min()} to {costs['date'].max()}"))

@@ -139,6 +139,10 @@ class Store:
         with suppress(ValueError):
             self.damaged.remove(key)
 
+    def discard(self, key: str) -> None:
+        """Forget a result."""
+        (self.cells / f"{key}.json").unlink(missing_ok=True)
+
     def _arrays(self, key: str) -> Path:
         return self.cells / f"{key}.safetensors"
 

@@ -42,6 +42,7 @@ def run_bench(
 ) -> int:
     """Run a suite, tell its verdicts, write its report; 1 where a cell failed, was skipped, or misses its tolerance."""
     suite = find_suite(name)
+    suite.workers(jobs)
     folder = out if out is not None else Path("dgm-runs") / f"bench-{suite.name}-{budget}"
     if jobs > joblib.cpu_count():
         logging.getLogger("dgm").info("%d workers on %d cores", jobs, joblib.cpu_count())

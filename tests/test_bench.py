@@ -315,6 +315,23 @@ def test_unknown_suites(tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
 
 
+def test_measured_times_are_of_one_run(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that runs again measures all of its cells again, and no two jobs share the cores."""
+    file = Path(toy).with_name("toy4.py")
+    file.write_text(TOY.replace("ready=ready)", "ready=ready, timed=True)"))
+    monkeypatch.setenv("TOY_FAILS", "ax1")
+    out = tmp_path / "out"
+    run(str(file), out)
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
+    monkeypatch.delenv("TOY_FAILS")
+    mended = run(str(file), out)
+    moved = [p for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp]
+    assert len(mended.good) == 12 and len(moved) == 3 and begun(tmp_path) == ["ax", "ay", "bx", "by", "ax"]
+    with pytest.raises(OptionError, match="must not share the cores; leave --jobs out"):
+        run(str(file), out, jobs=2)
+    assert call("run", str(file), "--jobs", "2", "--dry-run").exit_code == 2
+
+
 def test_one_run_at_a_time(toy: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with locked(out), ThreadPoolExecutor(1) as other:
