@@ -16,7 +16,7 @@ from .density_run import run
 
 def ready(task: str) -> None:
     """Raises DataError where the file of a task is missing."""
-    load_task(task)
+    load_task(task, 0)
 
 
 SUITE = Suite(

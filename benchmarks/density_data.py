@@ -16,7 +16,6 @@ from dgm.heldout import spaced
 
 BINARIZE = {
     "binarized-mnist": "none", "mnist": "batch", "omniglot": "batch", "fashion-mnist": "threshold",
-    "frey-faces": "none",
 }  # fmt: skip
 """How `dgm.load` is asked for pixels: "batch" draws training pixels anew for each batch, and the others once."""
 HELD_OUT = 24
@@ -42,22 +41,27 @@ def name_of(task: str) -> str:
     return task.partition(",")[0]
 
 
-def load_task(task: str) -> Dataset:
-    """The data set of a task, pixels as its protocol has them; binarized with the seed 0 whatever the cell.
+def load_task(task: str, seed: int) -> Dataset:
+    """The data set of a task, pixels as its protocol has them.
+
+    Held-out pixels are binarized with the seed 0 whatever the cell; of the frames of a video, which have no partition
+    of their own, each seed has another random one.
 
     Raises:
         DataError: the file is missing.
     """
     name = name_of(task)
+    if name == "frey-faces":
+        return dgm.load(name, split="random", seed=seed)
     return dgm.load(name, binarize=BINARIZE[name])
 
 
-def parts_of(task: str, settings: Mapping[str, Any]) -> Parts:
+def parts_of(task: str, seed: int, settings: Mapping[str, Any]) -> Parts:
     """The rows that a cell is about; of a larger part evenly spaced ones, for files are sorted.
 
     settings: train_rows, valid_rows and test_rows, the most that are used; 0 for all.
     """
-    data = load_task(task)
+    data = load_task(task, seed)
     train, valid = data.train[0], None if data.valid is None else data.valid[0]
     if valid is None:
         held = torch.arange(len(train)) % HELD_OUT == 0

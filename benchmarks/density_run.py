@@ -26,7 +26,7 @@ PICTURES = 40
 
 def run(cell: Cell) -> dict[str, Any]:
     """The row of a cell."""
-    parts = parts_of(cell.task, cell.settings)
+    parts = parts_of(cell.task, cell.repeat, cell.settings)
     fit = trained(cell, parts)
     return {
         **_training(fit, cell.settings), **bounds(fit, parts.test, cell), **latents(fit, parts.test, cell),
