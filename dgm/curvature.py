@@ -51,13 +51,14 @@ def prior_precision(joint: LogJoint, u: Tensor, batch: Sequence[Any]) -> Tensor:
     def slope(v: Tensor) -> Tensor:
         return torch.func.grad(lambda w: joint.terms(w, *row)[1])(v)
 
-    parts = []
+    turn = torch.func.vjp(slope, u)[1]
+    found = torch.empty(len(u), dtype=torch.float64, device=u.device)  # parts kept between blocks break up the heap
     for start in range(0, len(u), COLUMNS):
         index = torch.arange(start, min(start + COLUMNS, len(u)), device=u.device)
         units = torch.nn.functional.one_hot(index, len(u)).to(u.dtype)
-        rows = torch.func.vmap(torch.func.vjp(slope, u)[1])(units)[0]
-        parts.append(-rows.gather(1, index[:, None]).squeeze(1).detach().double())
-    return torch.cat(parts)
+        rows = torch.func.vmap(turn)(units)[0]
+        found[index] = -rows.gather(1, index[:, None]).squeeze(1).detach().double()
+    return found
 
 
 def row_gradients(joint: LogJoint, u: Tensor, batch: Sequence[Any]) -> Iterator[Tensor]:
