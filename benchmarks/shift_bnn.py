@@ -36,7 +36,7 @@ from dgm.programs import preserved_rng
 from dgm.registry import families
 from dgm.uncertainty import decompose, detection, ood
 
-from .shift_images import SEVERITIES, SIDE, STEPS, corrupted, foreign, foreign_of, held_out, training
+from .shift_images import SEVERITIES, STEPS, corrupted, foreign, foreign_of, halved, held_out, training
 
 NAMED = {"diagonal normal": "diagonal-normal", "radial normal": "radial-normal"}
 OTHERS: dict[str, Callable[..., Any]] = {
@@ -56,19 +56,12 @@ PLACES = ("other", "drawings", "noise")
 SMOKE = ("point", "diagonal normal")
 
 
-class Halved(nn.Module):
-    """Images (N, 784) by means of 2 x 2 pixels: (N, 196)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(x.unflatten(-1, (1, SIDE, SIDE)), 2).flatten(-3)
-
-
-def classifier(hidden: Sequence[int], prior: float, halved: bool) -> BNN:
+def classifier(inputs: int, hidden: Sequence[int], prior: float) -> BNN:
     """ReLU layers, ten classes; weights N(0, prior^2 / inputs), biases N(0, prior^2) a priori."""
-    widths = [SIDE**2 // (4 if halved else 1), *hidden]
-    layers: list[nn.Module] = [Halved()] if halved else []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    widths = [inputs, *hidden]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
     return BNN(nn.Sequential(*layers, nn.Linear(widths[-1], 10)), Categorical(), fan_in_prior(prior))
 
 
@@ -81,10 +74,11 @@ def run_task(cells: Sequence[Cell]) -> Iterator[Any]:
     """A row for each seed of one guide on one task; all are trained at once, each on rows of its own."""
     first, settings = cells[0], cells[0].settings
     x, y = training(first.task)
+    x = halved(x) if settings["halved"] else x
     own = [(torch.arange(settings["rows"]) + settings["rows"] * cell.repeat) % len(x) for cell in cells]
     steps = settings["steps"]
     fits = dgm.fit(
-        partial(classifier, settings["hidden"], settings["prior"], settings["halved"]), guide_of(first.guide), x, y,
+        partial(classifier, x.shape[1], settings["hidden"], settings["prior"]), guide_of(first.guide), x, y,
         steps=steps, batch_size=settings["batch_size"], lr=settings["lr"], compile=settings["compile"],
         replicas={"seed": [cell.repeat for cell in cells], "rows": own},
         schedule=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps),
@@ -116,7 +110,7 @@ def exhibits(task: str, settings: Any) -> Shown:
     for name in foreign_of(task):
         others = foreign(name, settings["foreign"])
         found[name] = others, torch.zeros(len(others), dtype=torch.long)
-    return found
+    return {name: (halved(x), y) for name, (x, y) in found.items()} if settings["halved"] else found
 
 
 def judged(fit: Any, shown: Shown, draws: int, seed: int) -> dict[str, CategoricalPrediction]:
