@@ -144,6 +144,8 @@ def plain(value: Any, where: str) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
+    if isinstance(value, str) and not value.isascii() and value != value.encode(errors="replace").decode():
+        raise OptionError(f"{where} holds text that is no Unicode: {ascii(value)[:80]}")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -183,7 +185,8 @@ def jobs_of(suite: Suite, budget: str, code: Mapping[str, str]) -> list[Job]:
     it. Not in it: comments, formatting, the budget's name, what the report does, time, machine.
 
     Raises:
-        OptionError: an unknown budget, no cells, two equal cells, or an unknown name in `group_by`.
+        OptionError: an unknown budget, no cells, two equal cells, a setting that is text in one cell and a number in
+            another, or an unknown name in `group_by`.
     """
     if budget not in BUDGETS:
         raise OptionError(f"budget is {budget!r}: {did_you_mean(budget, BUDGETS)}")
@@ -202,7 +205,26 @@ def jobs_of(suite: Suite, budget: str, code: Mapping[str, str]) -> list[Job]:
             raise OptionError(f"group_by of {suite.name!r}: {unknown[0]!r} is no column of {text}")
         group = canonical([values[name] for name in suite.group_by]) if suite.group_by else text
         groups.setdefault(group, []).append(cell)
+    _one_kind(suite, cells)
     return [_job(suite, code, members) for members in groups.values()]
+
+
+def _one_kind(suite: Suite, cells: Sequence[Cell]) -> None:
+    """Settings are columns: each has values of one kind, or none."""
+    kinds: dict[str, tuple[str, Any]] = {}
+    for name, value in (item for cell in cells for item in cell.values(suite.repeats).items() if item[1] is not None):
+        value = plain(value, f"setting {name!r}")
+        kind = (
+            "boolean" if isinstance(value, bool) else "text" if isinstance(value, str)
+            else "list" if isinstance(value, list) else "mapping" if isinstance(value, dict) and set(value) != {"float"}
+            else "number"
+        )  # fmt: skip
+        known, first = kinds.setdefault(name, (kind, value))
+        if kind != known:
+            raise OptionError(
+                f"suite {suite.name!r}: the setting {name!r} is {first!r} in one cell and {value!r} in another: "
+                f"expected one kind of value, not {known} and {kind}"
+            )
 
 
 def _job(suite: Suite, code: Mapping[str, str], members: Sequence[Cell]) -> Job:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyro
 
-from .bench_cells import Cell, Job, Suite
+from .bench_cells import Cell, Job, Suite, plain
 from .bench_find import find_suite
 from .bench_store import CannotWrite, Record, Store, as_array
 from .errors import OptionError, without_shapes
@@ -107,18 +107,22 @@ def _record(cell: Cell, suite: Suite, found: Any) -> Record:
     cost: dict[str, Any] = {}
     for name, value in found.items():
         array = as_array(value)
-        if name in own:
-            raise OptionError(f"run of suite {suite.name!r}: the column {name!r} is a setting of the cell already")
+        if name in own or name in ("key", "status"):
+            taken = "a setting of the cell already" if name in own else "a column of the runner"
+            raise OptionError(f"run of suite {suite.name!r}: the column {name!r} is {taken}")
         if array is not None:
             arrays[name] = array
         elif name.endswith(COST):
             cost[name] = value
         else:
             row[name] = value
+    for name, value in {**row, **cost}.items():
+        plain(value, f"run of suite {suite.name!r}: the column {name!r}")
     return Record(row, cost, {}, arrays)
 
 
 def failure(cell: Cell, suite: Suite, error: BaseException | str) -> Record:
     """The row of a cell that failed."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {without_shapes(str(error))}"
-    return Record({**cell.values(suite.repeats), "status": " ".join(text.split())[:500]})
+    text = " ".join(text.encode(errors="replace").decode().split())[:500]
+    return Record({**cell.values(suite.repeats), "status": text})

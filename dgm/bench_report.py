@@ -13,6 +13,7 @@ import pandas as pd
 from .bench_plots import cost_figure, score_figure
 from .bench_registry import Published, check, published
 from .bench_results import PLAN, Results, load_results, save_rows
+from .bench_store import MOST_ATTEMPTS
 from .bench_story import Chapter, chapter_markdown, chapter_parts, save_pictures
 from .bench_tables import Table, check_table, failed_table, frame_table, markdown, ranked, tally, task_table
 from .errors import DataError
@@ -64,7 +65,10 @@ class Report:
             done = len(results.rows)
             skipped = f"; for want of data skipped: {', '.join(results.skipped)}" if results.skipped else ""
             said = f"{done} of {done + lacking} cells are finished, {failed} of them failed{skipped}."
-            out.append(_verdict("caution", said, "the same command again computes what is missing"))
+            rests = "the same command again computes what is missing"
+            if failed:
+                rests += f", and tries what failed up to {MOST_ATTEMPTS} times in all; with --retry, again"
+            out.append(_verdict("caution", said, rests))
         return out
 
     def tables(self) -> list[Table]:

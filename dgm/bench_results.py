@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +17,14 @@ import numpy as np
 import pandas as pd
 
 from . import store as files
-from .bench_cells import Job, Suite
+from .bench_cells import Job, Suite, canonical
 from .bench_find import find_suite
 from .bench_store import CannotWrite, Store
 from .errors import DataError
 
-__all__ = ["PLAN", "Results", "load_results", "save_plan", "save_rows"]
+__all__ = ["PLAN", "Results", "load_results", "save_plan", "save_rows", "sound"]
 
+log = logging.getLogger("dgm")
 PLAN = "plan.json"
 ROWS, COSTS, RANKS = "rows.parquet", "costs.csv", "ranks.csv"
 
@@ -96,11 +100,39 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
         if record is not None:
             rows.append({"key": key, **record.row})
             costs.append({"key": key, **record.cost, **{k: v for k, v in record.about.items() if k != "key"}})
-    frame, cost = pd.DataFrame(rows), pd.DataFrame(costs)
+    frame, cost = sound(pd.DataFrame(rows)), pd.DataFrame(costs)
     if frame.empty:
         frame = pd.DataFrame(columns=["key", "task", "guide", suite.repeats, "status"])
     others = len(store.keys() - set(keys))
     return Results(suite, frame, cost, plan, len(keys) - len(rows), place, others, skipped)
+
+
+def sound(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns that a parquet file can hold: one with values of several kinds, or with mappings, becomes text.
+
+    >>> sound(pd.DataFrame({"a": [1, "x", None], "b": [True, None, None]}))["a"].tolist()
+    ['1', 'x', None]
+    """
+    for name in [str(c) for c in frame if frame[c].dtype == object]:
+        values = [None if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in frame[name]]
+        if _holds(name, values):
+            continue
+        kinds = sorted({type(v).__name__ for v in values if v is not None})
+        log.warning("column %r holds values of several kinds (%s): it is kept as text", name, ", ".join(kinds))
+        frame[name] = pd.Series(
+            [v if v is None or isinstance(v, str) else canonical(v) for v in values], frame.index, dtype=object
+        )
+    return frame
+
+
+def _holds(name: str, values: Sequence[Any]) -> bool:
+    if any(isinstance(v, Mapping) for v in values):
+        return False
+    try:
+        pd.DataFrame({name: pd.Series(values, dtype=object)}).to_parquet(io.BytesIO(), index=False)
+    except (ValueError, TypeError, OverflowError, NotImplementedError):  # pyarrow's errors are among them
+        return False
+    return True
 
 
 def _committed(place: Path, suite: Suite, plan: Any, keys: Sequence[str], skipped: Mapping[str, str]) -> Results:

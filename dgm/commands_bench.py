@@ -15,8 +15,9 @@ from typing import NoReturn
 
 import joblib
 
-from .bench import Stopped, make_plan, run_suite, told
+from .bench import Stopped, run_suite
 from .bench_find import find_suite, suites
+from .bench_plan import make_plan, told
 from .bench_report import Report, compose, make_report, write_report
 from .bench_store import Store
 from .commands import INTERRUPTED, OK, SOME_FAILED, plural

@@ -21,11 +21,13 @@ import torch
 from typer.testing import CliRunner
 
 from dgm import store as files
-from dgm.bench import make_plan, run_suite
+from dgm.bench import run_suite
 from dgm.bench_cells import Cell, Metric, Suite, canonical, chosen, jobs_of, parsed, plain, unplain
 from dgm.bench_code import reached
 from dgm.bench_executors import Local, Workers
 from dgm.bench_find import find_suite, suites
+from dgm.bench_plan import make_plan
+from dgm.bench_report import make_report, write_report
 from dgm.bench_results import Results, load_results
 from dgm.bench_store import MOST_ATTEMPTS, CannotWrite, Record, Store
 from dgm.cli import app
@@ -178,6 +180,56 @@ def test_jobs_refuse_what_is_no_suite() -> None:
         jobs_of(Suite("s", lambda b: [Cell("t", "g", 0, {"x": torch.ones(2)})], print, [Metric("m")]), "smoke", {})
 
 
+@pytest.mark.parametrize("pair", [(5, "many"), (True, 1.5), ([1], 1), ("x", [1])])
+def test_a_setting_has_one_kind(pair: tuple[Any, Any]) -> None:
+    def cells(budget: str) -> list[Cell]:
+        return [Cell("t", "g", k, {"n": value}) for k, value in enumerate(pair)]
+
+    with pytest.raises(OptionError, match="the setting 'n' is"):
+        jobs_of(Suite("s", cells, print, [Metric("m")]), "smoke", {})
+    fine = [Cell("t", "g", k, {"n": v, **more}) for k, (v, more) in enumerate([(1, {"o": "x"}), (2.5, {}), (None, {})])]
+    assert len(jobs_of(Suite("s", lambda b: fine, print, [Metric("m")]), "smoke", {})) == 3
+
+
+ODD = """
+from dgm.bench_cells import Cell, Metric, Suite
+
+ROWS = [
+    {"score": 1.5, "some": 1.25, "kinds": [1, "x"], "map": {"a": 1}, "flag": True, "few": [1], "none": None},
+    {"score": 2.5, "some": "text", "kinds": [2], "map": {}, "flag": 3, "large": 2**80, "empty": []},
+    {"score": float("nan"), "some": None, "large": 1.0},
+    {"score": {1, 2}},
+    {"score": 1.0, "status": "fine"},
+    {"score": 1.0, "text": "\\ud800"},
+]
+
+
+def run(cell):
+    return ROWS[cell.repeat]
+
+
+SUITE = Suite("odd", lambda budget: [Cell("t", "g", k) for k in range(6)], run, [Metric("score")])
+"""
+
+
+def test_columns_of_several_kinds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Values of any kind give a column that can be kept, or a row with an error; never a traceback."""
+    file = tmp_path / "odd.py"
+    file.write_text(ODD)
+    results = run(str(file), tmp_path / "out")
+    assert results.rows["some"].tolist() == ["1.25", "text", None, None, None, None]
+    assert results.rows["map"].tolist()[:2] == ['{"a":1}', "{}"] and results.rows["flag"].tolist()[:2] == ["true", "3"]
+    assert results.rows["kinds"][0] == '[1,"x"]' and results.rows["large"][1] == str(2**80)
+    assert "column 'some' holds values of several kinds (float, str): it is kept as text" in caplog.text
+    failed = dict(zip(results.failed["seed"], results.failed["status"], strict=True))
+    assert "column 'score' is of type set" in failed[3] and "'status' is a column of the runner" in failed[4]
+    assert "no Unicode" in failed[5] and len(failed) == 3
+    write_report(make_report(tmp_path / "out"), tmp_path / "committed")
+    again = load_results(tmp_path / "committed").rows
+    assert again["some"].tolist()[:2] == ["1.25", "text"] and again["map"].tolist()[:2] == ['{"a":1}', "{}"]
+    assert call("run", str(file), "--budget", "smoke", "--out", str(tmp_path / "out")).exit_code == 1
+
+
 def test_values_keep_their_bits() -> None:
     value = {"a": [0.1 + 0.2, math.inf, -math.inf, 1, True, None, "x"], "b": {"c": 1e-320}}
     back = unplain(json.loads(canonical(value)))
@@ -234,7 +286,7 @@ def test_a_failed_cell_is_a_row_and_given_up_after_three_runs(
         results = run(toy, out)
         assert list(results.failed["status"]) == ["ValueError: no number <today>"] and len(results.good) == 11
         assert len(begun(tmp_path)) == 4 + min(attempt, MOST_ATTEMPTS) - 1
-    assert "given up" in caplog.text
+    assert "--retry tries them:\n  a, x (1 of 3 cells): ValueError: no number <today>" in caplog.text
     monkeypatch.delenv("TOY_FAILS")
     assert len(run(toy, out).failed) == 1
     mended = run(toy, out, retry=True)
@@ -261,7 +313,7 @@ def test_code_of_the_library_is_told_and_renewed(
 ) -> None:
     out = tmp_path / "out"
     first = run(toy, out)
-    monkeypatch.setattr("dgm.bench.library", lambda: "another")
+    monkeypatch.setattr("dgm.bench_plan.library", lambda: "another")
     caplog.set_level(logging.INFO, "dgm")
     run(toy, out)
     assert "12 finished cells were computed by other code" in caplog.text and len(begun(tmp_path)) == 4
@@ -423,13 +475,20 @@ def test_kills_of_driver_and_worker_change_no_bit(toy: str, tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_a_cell_that_always_kills_its_process(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_always_kills_its_process(
+    toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("TOY_DIES", "ay")
     monkeypatch.setenv("TOY_ALWAYS", "1")
     results = run(toy, tmp_path / "out", jobs=2)
-    assert len(results.good) == 9 and set(results.failed["status"]) == {"given up: its process died in 3 attempts"}
+    assert len(results.good) == 9 and set(results.failed["status"].str[:52]) == {
+        "given up: its process died in each of 3 attempts, ki"
+    }
     assert begun(tmp_path).count("ay") == 3 and set(begun(tmp_path)) == {"ax", "ay", "bx", "by"}
     assert begun(tmp_path).count("bx") == 1  # the others lost nothing
+    caplog.clear()
+    run(toy, tmp_path / "out")
+    assert "the same command with --retry tries them:\n  a, y (3 of 3 cells): given up: its process" in caplog.text
 
 
 class Backwards:

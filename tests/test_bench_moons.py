@@ -19,9 +19,10 @@ from scipy.stats import kstest, multivariate_normal
 from torch.distributions import Normal
 
 import dgm
-from dgm.bench import make_plan, run_suite
+from dgm.bench import run_suite
 from dgm.bench_cells import BUDGETS, Cell
 from dgm.bench_find import find_suite
+from dgm.bench_plan import make_plan
 from dgm.bench_report import make_report, write_report
 from dgm.bench_results import Results
 from dgm.bench_store import Store
