@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dgm.style import COLOURS, INK, shorten, styled
 
@@ -40,7 +41,8 @@ def curves_figure(panels: Mapping[str, Arrays], skip: float = 0.15) -> Figure:
             axes.set_ylim(lowest, highest + 0.05 * (highest - lowest))
         axes.set_title(shorten(task, 48), parse_math=False)
         axes.set(xlabel="epoch", ylabel="validation ELBO, nats")
-        axes.legend(fontsize=6.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=6.5, loc="lower right")
     for axes in grid.ravel()[len(panels) :]:
         axes.axis("off")
     return figure
@@ -65,23 +67,25 @@ def differences_figure(panels: Mapping[str, Sequence[tuple[str, float, float]]],
 
 
 @styled
-def pictures_figure(rows: Mapping[str, np.ndarray], shape: tuple[int, int], columns: int = 12) -> Figure:
+def pictures_figure(
+    rows: Mapping[str, np.ndarray], shape: tuple[int, int], ink: bool = True, columns: int = 12
+) -> Figure:
     """E[x | z] at draws of the prior, a line for each model.
 
     Args:
-        rows: title -> images `(n, pixels)`, in [0, 1] or near it. shape: height and width of an image.
+        rows: title -> images `(n, pixels)`, in [0, 1] or near it. shape: height and width of an image. ink: 1 is dark.
     """
     height, width = shape
     size = 0.62
     figure = Figure(figsize=(8.6, len(rows) * (size * height / width + 0.3)), layout="constrained")
     grid = figure.subplots(len(rows), 1, squeeze=False)
     for axes, (name, images) in zip(grid.ravel(), rows.items(), strict=True):
-        _line(axes, images[:columns].reshape(-1, height, width))
+        _line(axes, images[:columns].reshape(-1, height, width), "gray_r" if ink else "gray")
         axes.set_title(shorten(name, 60), fontsize=8, loc="left", parse_math=False)
     return figure
 
 
-def _line(axes: Axes, images: np.ndarray) -> None:
+def _line(axes: Axes, images: np.ndarray, colours: str) -> None:
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=0.5)
-    axes.imshow(np.concatenate(list(padded), 1), cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.imshow(np.concatenate(list(padded), 1), cmap=colours, vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.axis("off")

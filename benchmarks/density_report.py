@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,12 @@ def difference(results: Results, task: str, first: str, second: str, column: str
 
 def known(task: str, method: str) -> Published | None:
     """The published NLL of a method on the data set of a task, whatever its protocol: for orders alone."""
-    name = name_of(task)
-    return next((p for p in published("density") if (p.task, p.method, p.metric) == (name, method, "nll")), None)
+    return _published().get((name_of(task), method))
+
+
+@cache
+def _published() -> dict[tuple[str, str], Published]:
+    return {(one.task, one.method): one for one in published("density") if one.metric == "nll"}
 
 
 def orders(results: Results) -> pd.DataFrame:

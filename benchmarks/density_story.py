@@ -203,6 +203,6 @@ def _pictures(results: Results, tasks: list[str], name: str) -> list[Any]:
         said = "E[x | z] at draws of the prior; nothing was chosen."
         figures.append(
             (place, f"What the models draw: {name_of(task)}", said,
-             pictures_figure(some, SHAPES.get(name_of(task), (28, 28))))
+             pictures_figure(some, SHAPES.get(name_of(task), (28, 28)), ink=name_of(task) != "frey-faces"))
         )  # fmt: skip
     return figures
