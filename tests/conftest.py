@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pyro
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.distributions import Distribution
 
 import dgm.guides.flow  # noqa: F401  (imports zuko, which switches argument validation off, and switches it on again)
@@ -61,3 +64,16 @@ def unpolluted() -> Iterator[None]:
     torch.use_deterministic_algorithms(bool(before["torch's deterministic mode"]))
     for what, was in before.items():
         assert after[what] == was, f"the test changed {what}: {was} became {after[what]}"
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and not rendered: for tests of what is said and written beside them."""
+
+    def blank(self: Figure, target: Any, *, format: str, **kwargs: Any) -> None:
+        if format == "svg":
+            target.write('<svg width="1pt"></svg>')
+        else:
+            Path(target).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", blank)

@@ -174,6 +174,7 @@ def test_the_smallest_comparison_writes_everything(here: Path) -> None:
     assert "holds results already" in refused("compare", "--smoke", "--out", "out")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_model_of_ones_own_with_every_kind_of_latent(here: Path) -> None:
     families = "diagonal-normal,full-normal,coupling-spline-flow,point"
     words = ("--model", "tides.py:Tides", "--data", "tides.csv", "--guides", families, "--attach", "joint")
@@ -213,6 +214,7 @@ def test_makers_can_be_sent_to_a_process_that_never_saw_the_file(here: Path) -> 
     torch.set_rng_state(before)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_failed_guide_is_told_and_the_rest_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = cells.fit, []
 
@@ -239,6 +241,7 @@ def test_a_failed_guide_is_told_and_the_rest_is_kept(here: Path, monkeypatch: py
     assert "lightning" in output and len(pd.read_csv("out/rows.csv")) == 2
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_an_interrupted_comparison_writes_what_was_finished(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = cells.fit, []
 
@@ -261,6 +264,7 @@ def test_an_interrupted_comparison_writes_what_was_finished(here: Path, monkeypa
 # ------------------------------------------------------------------------------------------- a trained pair
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_thorough_is_asked_of_the_evaluation(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("train", "--model", "linear-vae", "--epochs", 1, "--out", "run")
     asked: list[dict[str, Any]] = []
@@ -296,6 +300,7 @@ def test_train_evaluate_sample(here: Path) -> None:
     assert "use that version or newer" in refused("evaluate", "run")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_run_without_steps_is_written_and_taken_up(here: Path) -> None:
     Path("short.py").write_text(
         "from functools import partial\nfrom dgm.guides.nuts import NUTS\n"
@@ -309,6 +314,7 @@ def test_a_run_without_steps_is_written_and_taken_up(here: Path) -> None:
     assert len(pd.read_csv("run/samples.csv")) == 200
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_training_cut_short_is_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("train", "--model", "bnn", "--data", "gap", "--guide", "laplace", "--epochs", 2)
     for name, error, code, told in (
@@ -335,6 +341,7 @@ def test_predictions_stand_on_the_scale_of_the_target(here: Path) -> None:
     assert (frame["y"] - frame["mean"]).abs().mean() < 0.9 * (frame["y"] - frame["y"].mean()).abs().mean()
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_file_named_by_a_run_is_not_run(here: Path) -> None:
     run("train", "--model", "tides.py:program", "--data", "tides.csv", "--epochs", 1, "--out", "run")
     assert "--model tides.py:program if you trust it" in refused("evaluate", "run")
@@ -393,6 +400,7 @@ def _pair(family: str) -> tuple[Any, Any]:
 # ------------------------------------------------------------------------------------------- how steps run
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("word, engine", [("eager", "eager"), ("trace", "trace")])
 def test_a_run_says_and_keeps_how_its_steps_ran(word: str, engine: str, here: Path) -> None:
     words = ("--model", "bnn", "--data", "gap", "--guide", "point", "--epochs", 4, "--compile", word, "--out", "run")
@@ -402,6 +410,7 @@ def test_a_run_says_and_keeps_how_its_steps_ran(word: str, engine: str, here: Pa
     assert "200 rows" in run("evaluate", "run", "--samples", 100)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_comparison_trains_and_keeps_how_it_was_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, told = cells.fit, []
 
@@ -547,6 +556,7 @@ TINY = ("--model", "bnn", "--data", "gap", "--epochs", 1)
 COMPARED = (*TINY, "--guides", "point", "--seeds", 1, "--samples", 100, "--jobs", 1, "--compile", "eager")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_comparison_goes_on_in_its_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = (*COMPARED[:-6], "--samples", 100, "--jobs", 1, "--compile", "eager", "--guides", "point,diagonal-normal")
     real = cells.fit
