@@ -81,7 +81,7 @@ def checks(results: Results) -> pd.DataFrame:
         limits: list[tuple[str, pd.DataFrame, Any, float]] = [
             ("averaging gain", rows, rows["log_likelihood"] - rows["single_log_likelihood"], -ROUNDING),
             ("entropy less its epistemic part", rows, rows["entropy"] - rows["epistemic"], -ROUNDING),
-            ("epistemic part of a point, negative", points, -points["epistemic"], -ROUNDING),
+            ("epistemic part of a point, negative", points, 0.0 - points["epistemic"], -ROUNDING),
             ("AUROC of halves, standard errors off 0.5, negative", rows, -off, -ERRORS),
         ]
         if results.plan["budget"] != "smoke":  # which is too short to be better

@@ -166,11 +166,9 @@ def better_text(groups: Groups, column: str, most: bool, said: str) -> str:
         if guide != POINT and len(ahead) and bool((ahead > 0).all()):
             found[guide] = paired(groups[POINT], part, column)
     seeds = groups[POINT]["seed"].nunique()
-    if not found:
-        return f" {said} than the point in every one of {seeds} seeds: none."
+    text = f" {said} than the point in {'the one seed' if seeds == 1 else f'each of {seeds} seeds'}: "
     order = sorted(found, key=lambda guide: (-1 if most else 1) * found[guide][0])
-    listed = ", ".join(f"{guide} ({told(*found[guide], sign=True)})" for guide in order)
-    return f" {said} than the point in every one of {seeds} seeds: {listed}."
+    return text + (", ".join(f"{guide} ({told(*found[guide], sign=True)})" for guide in order) or "none") + "."
 
 
 def _foreign(rows: pd.DataFrame, by: Mapping[str, Groups]) -> Chapter:
