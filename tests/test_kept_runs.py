@@ -29,6 +29,7 @@ from dgm.guides.global_ import Global
 from dgm.models.bayesian_linear_regression import BayesianLinearRegression
 from dgm.store import save_comparison
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 cells = importlib.import_module("dgm.cells")
 X = torch.linspace(-1.0, 1.0, 20).reshape(10, 2)
 Y = X.sum(1)

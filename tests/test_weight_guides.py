@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -87,8 +87,18 @@ def log_q(trace: poutine.Trace) -> Tensor:
 # --- contracts -------------------------------------------------------------------------------------------------------
 
 
+TRACED = ["per layer, matrix", "last layer", "dropout", "rank one, mixture", "multiplicative flow"]
+"""One of each kind is traced by default, all of them in the slow tests."""
+
+
 @pytest.mark.parametrize("name", ATTACH)
 def test_pair(name: str) -> None:
+    served_pair(name, bnn.example, "trace" if name in TRACED else False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ATTACH if name not in TRACED])
+def test_traced_pair(name: str) -> None:
     served_pair(name, bnn.example)
 
 
@@ -98,18 +108,18 @@ def test_pair_of_a_classifier(name: str) -> None:
     served_pair(name, bnn.example_classification)
 
 
-def served_pair(name: str, make: Callable[[], Any]) -> None:
+def served_pair(name: str, make: Callable[[], Any], compile: Literal[False, "trace"] = "trace") -> None:
     model, batch = make()
     guide = ATTACH[name](model, *batch)
     for site in latents(model, *batch).values():
         assert draw(guide, batch, 0)[site.name].shape == site.shape
-    check_pair(model, guide, *batch, steps=8)
+    check_pair(model, guide, *batch, steps=8, compile=compile)
 
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_pair_with_known_evidence(name: str) -> None:
     model, batch = bayesian_linear_regression.example()
-    guide = ATTACH[name](model, *batch)  # traced above
+    guide = ATTACH[name](model, *batch)  # traced in test_pair and test_traced_pair
     check_pair(model, guide, *batch, steps=8, compile=False, log_evidence=model.log_evidence(*batch))
 
 
