@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -28,21 +28,42 @@ def score_figure(results: Results, metric: Metric, tasks: Sequence[str], numbers
     A guide far behind the others stands at the edge, with an arrow.
     """
     means = means_of(results.rows, [metric.name])
-    tasks = [t for t in tasks if (means["task"] == t).any()][:PANELS]
-    guides = list(dict.fromkeys(means["guide"]))
-    columns = min(3, max(1, len(tasks)))
-    lines = max(1, math.ceil(len(tasks) / columns))
-    figure = Figure(figsize=(10.0 if columns > 1 else 7.2, lines * (0.7 + 0.2 * len(guides))), layout="constrained")
-    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    for axes in grid.ravel()[len(tasks) :]:
-        axes.axis("off")
-    for axes, task in zip(grid.ravel(), tasks, strict=False):
-        known = [p for p in numbers if p.task == task and p.metric == metric.name]
-        _panel(axes, means[means["task"] == task].set_index("guide"), guides, metric, known)
-        axes.set_title(shorten(task, 34), parse_math=False)
-    grid[0, 0].set_yticks(range(len(guides)), [shorten(g, 28) for g in guides])
-    grid[0, 0].invert_yaxis()
+    guides = {t: list(dict.fromkeys(means[means["task"] == t]["guide"])) for t in tasks}
+    groups = _together({t: guides[t] for t in [t for t in tasks if guides[t]][:PANELS]})
+    shape = [(min(3, len(own)), math.ceil(len(own) / 3), list(dict.fromkeys(g for t in own for g in guides[t])))
+             for own in groups]  # fmt: skip
+    heights = [lines * (0.7 + 0.2 * len(names)) for _, lines, names in shape]
+    wide = max((columns for columns, *_ in shape), default=1) > 1
+    figure = Figure(figsize=(10.0 if wide else 7.2, sum(heights) or 1.0), layout="constrained")
+    parts = figure.subfigures(max(1, len(groups)), 1, height_ratios=heights or [1.0], squeeze=False)[:, 0]
+    for part, own, (columns, lines, names) in zip(parts, groups, shape, strict=False):
+        grid = part.subplots(lines, columns, sharey=True, squeeze=False)
+        for axes in grid.ravel()[len(own) :]:
+            axes.axis("off")
+        for axes, task in zip(grid.ravel(), own, strict=False):
+            known = [p for p in numbers if p.task == task and p.metric == metric.name]
+            _panel(axes, means[means["task"] == task].set_index("guide"), names, metric, known)
+            axes.set_title(shorten(task, 34), parse_math=False)
+        grid[0, 0].set_yticks(range(len(names)), [shorten(g, 28) for g in names])
+        grid[0, 0].invert_yaxis()
     return figure
+
+
+def _together(guides: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Tasks in groups: those that share half of their guides with the first of a group stand side by side.
+
+    >>> _together({"a": ["x", "y"], "b": ["u"], "c": ["x"]})
+    [['a', 'c'], ['b']]
+    """
+    groups: list[list[str]] = []
+    for task, own in guides.items():
+        for group in groups:
+            if 2 * len(set(own) & set(guides[group[0]])) >= len(own):
+                group.append(task)
+                break
+        else:
+            groups.append([task])
+    return groups
 
 
 def _panel(
@@ -74,9 +95,9 @@ def _limits(values: pd.Series, published: Sequence[float], metric: Metric) -> tu
     if not len(finite):
         return 0.0, 1.0
     middle, spread = float(np.median(finite)), float(np.median(np.abs(finite - np.median(finite))))
-    reach = SPREAD * max(spread, 1e-3 * abs(middle), 1e-12)
+    reach = SPREAD * max(spread, 1e-3 * abs(middle), 1e-12) if len(finite) > 4 else math.inf
     near = finite[np.abs(finite - middle) <= reach]
-    inside = [p for p in published if abs(p - middle) <= reach]
+    inside = [p for p in published if abs(p - middle) <= SPREAD * max(spread, 1e-3 * abs(middle), 1e-12)]
     return float(min([*near, *inside])), float(max([*near, *inside]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,17 +12,14 @@ import pandas as pd
 
 from .bench_plots import cost_figure, score_figure
 from .bench_registry import Published, check, published
-from .bench_results import PLAN, Results, load_results, save_rows
+from .bench_results import Results, load_results, save_rows
 from .bench_store import MOST_ATTEMPTS
-from .bench_story import Chapter, chapter_markdown, chapter_parts, save_pictures
-from .bench_tables import Table, check_table, failed_table, frame_table, markdown, ranked, tally, task_table
-from .errors import DataError
+from .bench_story import Chapter, chapter_markdown, chapter_parts, kept, picture_links, save_pictures
+from .bench_tables import LONG, Table, check_table, failed_table, frame_table, markdown, ranked, tally, task_table
 from .page import Drawn, environment, shown, write_text
 from .style import COLOURS
 
-__all__ = ["Report", "compose", "make_report", "write_report"]
-
-CORRECTIONS = "CORRECTIONS.md"
+__all__ = ["Report", "make_report", "write_report"]
 
 
 class Report:
@@ -38,20 +35,33 @@ class Report:
         self.numbers: list[Published] = published(suite.name)
         self.found = check(results.rows, suite.name, suite.metrics, self.numbers)
         self.checks = suite.checks(results) if suite.checks is not None and len(results.good) else pd.DataFrame()
+        if len(self.checks):  # what does not hold comes first
+            self.checks = self.checks.iloc[(self.checks["verdict"] == "agree").argsort(kind="stable")]
+        self.kept = kept(results.place) if results.folder is None else {}
 
     @property
     def missed(self) -> pd.DataFrame:
         """Checks of the suite itself that do not hold."""
         return self.checks[self.checks["verdict"] != "agree"] if len(self.checks) else self.checks
 
+    @property
+    def counterparts(self) -> pd.DataFrame:
+        """Our rows beside published methods of their own kind."""
+        return self.found[self.found["counterpart"].astype(bool)]
+
     def verdicts(self) -> list[dict[str, str]]:
         """Sentences, the most important first."""
         results, out = self.results, []
         if len(self.checks):
             bad, all_ = len(self.missed), len(self.checks)
-            said = f"{all_ - bad} of {all_} numbers are inside their tolerance of what is known."
-            out.append(_verdict("bad" if bad else "good", said, f"{bad or 'none'} outside"))
-        own = self.found[self.found["counterpart"]]
+            said = f"{all_ - bad} of {all_} numbers that must hold are inside their tolerance."
+            rests = (
+                f"{bad} outside, first in the table 'What must hold'"
+                if bad
+                else "the table 'What must hold' has all of them"
+            )
+            out.append(_verdict("bad" if bad else "good", said, rests))
+        own = self.counterparts
         if len(own):
             counts = {v: int((own["verdict"] == v).sum()) for v in ("beat", "agree", "miss")}
             said = (
@@ -71,6 +81,7 @@ class Report:
             out.append(_verdict("caution", said, rests))
         return out
 
+    @cached_property
     def tables(self) -> list[Table]:
         """All tables in the order of the report."""
         results, suite, out = self.results, self.results.suite, list[Table]()
@@ -102,15 +113,22 @@ class Report:
             cost = cost_figure(results, first, self.tasks)
             if cost is not None:
                 out.append(("cost", "What it costs", "Further up is better, further left cheaper.", cost))
-        if results.suite.figures is not None and len(results.good):
-            out += list(results.suite.figures(results))
-        return out
+        return out + self.own_figures
+
+    @cached_property
+    def own_figures(self) -> list[Drawn]:
+        """Those of the suite, and where their arrays were not kept, as they were."""
+        results = self.results
+        drawn = list(results.suite.figures(results)) if results.suite.figures is not None and len(results.good) else []
+        names = {name for name, *_ in drawn}
+        return drawn + [one for one in self.kept.get("", []) if one[0] not in names]
 
     @cached_property
     def chapters(self) -> list[Chapter]:
         """The suite's story, told before the tables."""
         suite = self.results.suite
-        return list(suite.story(self.results)) if suite.story is not None and len(self.results.good) else []
+        told = list(suite.story(self.results)) if suite.story is not None and len(self.results.good) else []
+        return [c if c.figures else replace(c, figures=self.kept.get(c.title, ())) for c in told]
 
     def notes(self) -> list[str]:
         """What a reader must know."""
@@ -147,7 +165,8 @@ class Report:
             if name in costs and not (name == "threads" and self.results.suite.timed):
                 out.append((name, "; ".join(map(str, dict.fromkeys(costs[name].dropna())))))
         if "date" in costs and len(costs):
-            out.append(("date", f"{costs['date'].min()} to {costs['date'].max()}"))
+            first, last = str(costs["date"].min()), str(costs["date"].max())
+            out.append(("date", first if first == last else f"{first} to {last}"))
         if "job_cpu_seconds" in costs:
             out.append(("CPU seconds in all", f"{costs['job_cpu_seconds'].sum():.0f}"))
         out.append(("cells", f"{len(self.results.rows)}, by the hash of their protocol in rows.csv and costs.csv"))
@@ -159,12 +178,26 @@ class Report:
     def markdown(self, base: str = "") -> str:
         """As Markdown; pictures of chapters are links to files in the folder `base`."""
         parts = [f"## {self.title()}", self.results.suite.summary]
-        parts.append("\n".join(f"* {v['says']} ({v['rests']})" for v in self.verdicts()))
+        parts.append("\n".join(f"* {v['says'].rstrip('.')} ({v['rests']})" for v in self.verdicts()))
         parts += [chapter_markdown(chapter, base) for chapter in self.chapters]
-        parts += [markdown(table) for table in self.tables()]
+        parts += [f"### {one[1]}\n\n{picture_links([one], base)[0]}" for one in self.own_figures]
+        parts += [markdown(table) for table in self.tables]
         parts.append("\n".join(f"* {note}" for note in self.notes()))
         parts.append("\n".join(f"* {name}: {f'`{v}`' if name == 'command' else v}" for name, v in self.facts()))
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def brief(self, name: str) -> str:
+        """What the page of all suites says of this one, whose folder there has this name."""
+        parts = [f"## {self.results.suite.name}", f"{self.results.suite.summary}."]
+        parts.append("\n".join(f"* {v['says'].rstrip('.')} ({v['rests']})" for v in self.verdicts()))
+        if len(self.missed):
+            parts.append(markdown(frame_table("Outside their tolerance", self.missed)))
+        own = self.counterparts[self.counterparts["verdict"] == "miss"]
+        if len(own):
+            parts.append(markdown(replace(check_table(own), title="Behind what is published", text="")))
+        parts.append("\n".join(f"* {key}: {f'`{v}`' if key == 'command' else v}" for key, v in self.facts()))
+        links = [f"[{file}]({name}/{file})" for file in ("report.md", "report.html", "rows.csv", "costs.csv")]
+        return "\n\n".join([part for part in parts if part] + [f"Whole: {', '.join(links)}"])
 
     def html(self) -> str:
         page = environment().get_template("evaluation.html.j2")
@@ -172,9 +205,10 @@ class Report:
         tables = [
             {
                 "title": t.title, "text": t.text, "heads": t.heads, "few": len(t.heads) < 4,
+                "words": t.words, "long": len(t.rows) > LONG,
                 "rows": [[re.sub(r"(?<=[A-Za-z])-|-(?=[A-Za-z])", "\u2010", cell) for cell in row] for row in t.rows],
             }
-            for t in self.tables()
+            for t in self.tables
         ]  # fmt: skip
         return page.render(
             title=self.title(), headline=self.results.suite.summary, verdicts=self.verdicts(), tables=tables,
@@ -197,7 +231,7 @@ def make_report(folder: str | os.PathLike[str]) -> Report:
 
 
 def write_report(report: Report, out: str | os.PathLike[str]) -> Path:
-    """Rows (parquet and CSV), costs, ranks and checks (CSV), `report.md` and `report.html`; gives the page's path.
+    """Rows, costs, ranks, checks, pictures, `report.md` and `report.html`; gives the path of the page.
 
     Raises:
         OptionError: the folder cannot be written to.
@@ -220,27 +254,8 @@ def write_report(report: Report, out: str | os.PathLike[str]) -> Path:
     ]
     ranks = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=names)
     save_rows(results, place, ranks.reindex(columns=names))
-    write_text(report.found.to_csv(index=False, lineterminator="\n"), place / "checks.csv")
-    save_pictures(report.chapters, place)
+    write_text(report.found.to_csv(index=False, lineterminator="\n"), place / "published.csv")
+    write_text(report.checks.to_csv(index=False, lineterminator="\n"), place / "checks.csv")
+    save_pictures(report.chapters, report.own_figures, place)
     write_text(report.markdown(), place / "report.md")
     return write_text(report.html(), place / "report.html")
-
-
-def compose(folder: str | os.PathLike[str]) -> str:
-    """One page of all committed results: the reports of the folders in it, and its corrections.
-
-    Raises:
-        DataError: it holds no results.
-    """
-    root = Path(folder)
-    places: Sequence[Path] = sorted(p.parent for p in root.glob(f"*/{PLAN}"))
-    if not places:
-        raise DataError(f"{root} holds no folder with results of a suite ({PLAN})")
-    parts = ["# Results of the benchmark suites", "Composed of the committed rows by `dgm bench report --all`."]
-    for place in places:
-        report = make_report(place)
-        parts.append(report.markdown(f"{place.name}/").rstrip())
-        parts.append(f"* rows, costs and pictures: [{place.name}/]({place.name}/)")
-    corrections = root / CORRECTIONS
-    text = corrections.read_text(encoding="utf-8").strip() if corrections.is_file() else "None so far."
-    return "\n\n".join([*parts, "## Corrections", text]) + "\n"

@@ -37,7 +37,7 @@ class Results:
     They depend on the suite alone, bit for bit. costs: key, seconds, and where each number came from. plan: what was
     asked for. skipped: task -> why its data are missing. missing: cells that have no row yet. elsewhere: results in the
     folder that are of another budget, protocol or version. ranks: as they were committed, for rows whose arrays were
-    not.
+    not. folder: of the cells, None where only rows were kept. place: where the rows were read.
     """
 
     suite: Suite
@@ -49,6 +49,7 @@ class Results:
     elsewhere: int = 0
     skipped: Mapping[str, str] = field(default_factory=dict)
     ranks: pd.DataFrame | None = None
+    place: Path | None = None
 
     @property
     def good(self) -> pd.DataFrame:
@@ -104,7 +105,7 @@ def load_results(folder: str | os.PathLike[str]) -> Results:
     if frame.empty:
         frame = pd.DataFrame(columns=["key", "task", "guide", suite.repeats, "status"])
     others = len(store.keys() - set(keys))
-    return Results(suite, frame, cost, plan, len(keys) - len(rows), place, others, skipped)
+    return Results(suite, frame, cost, plan, len(keys) - len(rows), place, others, skipped, None, place)
 
 
 def sound(frame: pd.DataFrame) -> pd.DataFrame:
@@ -142,7 +143,7 @@ def _committed(place: Path, suite: Suite, plan: Any, keys: Sequence[str], skippe
         ranks = pd.read_csv(place / RANKS) if (place / RANKS).is_file() else None
     except (OSError, ValueError) as error:
         raise DataError(f"the rows of {place} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return Results(suite, rows, costs, plan, len(set(keys) - set(rows["key"])), None, 0, skipped, ranks)
+    return Results(suite, rows, costs, plan, len(set(keys) - set(rows["key"])), None, 0, skipped, ranks, place)
 
 
 def save_rows(results: Results, folder: Path, ranks: pd.DataFrame) -> None:

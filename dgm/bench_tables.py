@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,11 @@ from .ranking import rank
 from .style import limit, share, shorten
 from .tables import digits_of, with_errors
 
-__all__ = ["Table", "check_table", "failed_table", "frame_table", "markdown", "ranked", "tally", "task_table"]
+__all__ = ["LONG", "Table", "check_table", "failed_table", "frame_table", "markdown", "ranked", "tally", "task_table"]
+
+LONG = 30
+"""Rows of a table that is folded when it has more."""
+WORDS = re.compile(r"[^\W\d_]{3}")
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,15 @@ class Table:
     heads: list[str]
     rows: list[list[str]]
 
+    @property
+    def words(self) -> list[int]:
+        """Columns of words, which stand to the left: the first, and those where most cells have one."""
+        counts = [sum(bool(WORDS.search(row[i])) for row in self.rows) for i in range(len(self.heads))]
+        return [i for i, count in enumerate(counts) if i == 0 or 2 * count > len(self.rows)]
+
 
 def markdown(table: Table) -> str:
-    """As Markdown.
+    """As Markdown; long tables are folded.
 
     >>> print(markdown(Table("T", "", ["a", "b"], [["x|y", "1"]])))
     ### T
@@ -43,8 +54,11 @@ def markdown(table: Table) -> str:
     safe = [[cell.strip().replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in table.rows]
     lines = [f"### {table.title}", ""]
     lines += [table.text, ""] if table.text else []
+    long = len(table.rows) > LONG
+    lines += [f"<details><summary>{len(table.rows)} rows</summary>", ""] if long else []
     lines += ["| " + " | ".join(table.heads) + " |", "|" + "---|" * len(table.heads)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in safe])
+    lines += ["| " + " | ".join(row) + " |" for row in safe]
+    return "\n".join([*lines, "", "</details>"] if long else lines)
 
 
 def ranked(results: Results, task: str) -> pd.DataFrame:

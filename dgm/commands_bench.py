@@ -16,9 +16,10 @@ from typing import NoReturn
 import joblib
 
 from .bench import Stopped, run_suite
+from .bench_compose import compose
 from .bench_find import find_suite, suites
 from .bench_plan import make_plan, told
-from .bench_report import Report, compose, make_report, write_report
+from .bench_report import Report, make_report, write_report
 from .bench_store import Store
 from .commands import INTERRUPTED, OK, SOME_FAILED, plural
 from .errors import OptionError
@@ -69,7 +70,7 @@ def run_bench(
 
 def _tell(report: Report) -> None:
     for verdict in report.verdicts():
-        print(f"{verdict['says']} ({verdict['rests']})")
+        print(f"{verdict['says'].rstrip('.')} ({verdict['rests']})")
     for row in report.missed.to_dict("records"):
         print("outside: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
     for _, lost in report.results.failed.head(20).iterrows():

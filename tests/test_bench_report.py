@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 
 from dgm.bench import run_suite
 from dgm.bench_cells import Cell, Metric, Suite
+from dgm.bench_compose import compose
 from dgm.bench_registry import TAGS, Published, check, means_of, published
-from dgm.bench_report import Report, compose, make_report, write_report
+from dgm.bench_report import Report, make_report, write_report
 from dgm.bench_results import Results
 from dgm.bench_tables import Table, markdown, ranked, task_table
 from dgm.benchmarks import exact, exact_truth
@@ -191,7 +193,11 @@ def test_a_report_from_rows_alone_is_the_same(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no folder"):
         compose(tmp_path / "run")
     whole = compose(tmp_path / "results")
-    assert whole.endswith("## Corrections\n\nNone so far.\n") and report.markdown().rstrip() in whole
+    assert whole.endswith("## Corrections\n\nNone so far.\n") and report.brief("single") in whole
+    assert "| [single](single/report.md) | smoke | 2 of 2 | 0 | – | – |" in whole
+    for name in re.findall(r"\]\((single/[^)]+)\)", whole):
+        assert (tmp_path / "results" / name).is_file()
+    assert "* command: `" in whole and "* hardware: " in whole and "* commit: " in whole
     (tmp_path / "results" / "CORRECTIONS.md").write_text("* 2026-01-01: a row.\n")
     assert "* 2026-01-01: a row." in compose(tmp_path / "results")
 
@@ -200,11 +206,72 @@ def test_a_report_says_what_is_outside() -> None:
     frame = pd.DataFrame([{"task": "t", "guide": "g", "metric": "m", "verdict": v} for v in ("agree", "miss")])
     report = Report(results({"dropout": [0.5, 0.6]}, checks=lambda found: frame))
     assert len(report.missed) == 1 and report.verdicts()[0]["says"].startswith("1 of 2 numbers")
+    assert list(report.checks["verdict"]) == ["miss", "agree"]  # what does not hold comes first
+    assert "### Outside their tolerance\n\n| task | guide | metric | verdict |" in report.brief("x")
     assert report.verdicts()[0]["level"] == "bad"
     text = report.markdown()
     assert "| uci-yacht | dropout | rmse | 0.55 ± 0.05 | MC dropout [V] | 1.11 ± 0.09 |" in text
     assert "`dgm bench run`" in text and "Gal and Ghahramani" in text and "commit: abc" in text
     assert [name for name, *_ in report.figures()] == ["scores"]
+
+
+PICTURES = '''
+"""A story with a picture that needs arrays."""
+import torch
+from matplotlib.figure import Figure
+from dgm.bench_cells import Cell, Metric, Suite
+from dgm.bench_story import Chapter
+
+
+def run(cell):
+    return {"score": 1.0, "curve": torch.arange(5.0)}
+
+
+def drawn(results, name):
+    arrays = [results.arrays(k).get("curve") for k in results.rows["key"]]
+    figure = Figure(figsize=(3.0, 2.0))
+    figure.subplots().plot(arrays[0] if arrays[0] is not None else [])
+    return [(name, "A curve", "It <rises>.", figure)] if arrays[0] is not None else []
+
+
+def story(results):
+    return [Chapter("First", [("what", "a line")], None, drawn(results, "line"))]
+
+
+SUITE = Suite("drawn", lambda budget: [Cell("t", "g")], run, [Metric("score")], story=story,
+              figures=lambda results: drawn(results, "own"))
+'''
+
+
+def test_pictures_stay_where_arrays_are_not_kept(tmp_path: Path) -> None:
+    """Written beside the rows that are committed, and found again there: reports made anew lose none."""
+    file = tmp_path / "drawn.py"
+    file.write_text(PICTURES)
+    run_suite(str(file), tmp_path / "run", budget="smoke", progress=False)
+    place = tmp_path / "results" / "drawn"
+    report = make_report(tmp_path / "run")
+    write_report(report, place)
+    assert not list(place.glob("*.safetensors")) and not (place / "cells").exists()
+    before = {p.name: p.read_bytes() for p in place.glob("*.png")}
+    assert set(before) == {"line.png", "own.png"}
+    again = make_report(place)
+    assert again.markdown() == report.markdown() and "![A curve: It &lt;rises>.](line.png)" in again.markdown()
+    page = write_report(again, place)  # over itself
+    assert {p.name: p.read_bytes() for p in place.glob("*.png")} == before
+    assert page.read_text().count("<svg") == report.html().count("<svg") == 3  # the scores as well
+    third = write_report(again, tmp_path / "third").parent
+    assert (third / "line.png").read_bytes() == before["line.png"]
+    (place / "line.png").unlink()
+    with pytest.raises(DataError, match=r"pictures of .* cannot be read \(pictures.json\)"):
+        make_report(place)
+
+
+def test_long_tables_are_folded_and_words_stand_to_the_left() -> None:
+    table = Table("T", "", ["a", "n", "b"], [["x", "1.5 ± 0.1", "full-normal"]] * 31)
+    text = markdown(table)
+    assert "### T\n\n<details><summary>31 rows</summary>\n\n| a |" in text and text.endswith("|\n\n</details>")
+    assert table.words == [0, 2]
+    assert "details" not in markdown(Table("T", "", ["a"], [["x"]] * 30))
 
 
 # ---------------------------------------------------------------------------------------------------------- exact
