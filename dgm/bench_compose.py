@@ -56,11 +56,12 @@ def _index(reports: Mapping[str, Report]) -> Table:
         agree = f"{len(report.checks) - len(report.missed)}/{len(report.missed)}" if len(report.checks) else "–"
         published_ = "/".join(str(int((own == v).sum())) for v in ("beat", "agree", "miss")) if len(own) else "–"
         facts = dict(report.facts())
+        days = " to ".join(dict.fromkeys(day[:10] for day in facts.get("date", "–").split(" to ")))
         rows.append(
             [
                 f"[{results.suite.name}]({name}/report.md)", str(results.plan["budget"]),
                 f"{len(results.rows)} of {len(results.rows) + results.missing}", str(len(results.failed)), agree,
-                published_, " to ".join(dict.fromkeys(day[:10] for day in facts.get("date", "–").split(" to "))), facts.get("commit", "–"),
+                published_, days, facts.get("commit", "–"),
             ]
         )  # fmt: skip
     return Table("", "", heads, rows)

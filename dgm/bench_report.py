@@ -21,6 +21,8 @@ from .style import COLOURS
 
 __all__ = ["Report", "make_report", "write_report"]
 
+OUTSIDE = "Outside their tolerance"
+
 
 class Report:
     """Everything that a report says, as text, tables and pictures.
@@ -55,11 +57,7 @@ class Report:
         if len(self.checks):
             bad, all_ = len(self.missed), len(self.checks)
             said = f"{all_ - bad} of {all_} numbers that must hold are inside their tolerance."
-            rests = (
-                f"{bad} outside, first in the table 'What must hold'"
-                if bad
-                else "the table 'What must hold' has all of them"
-            )
+            rests = f"{bad} outside" if bad else "the table 'What must hold' has all of them"
             out.append(_verdict("bad" if bad else "good", said, rests))
         own = self.counterparts
         if len(own):
@@ -89,6 +87,8 @@ class Report:
             out += [task_table(results, task, self.numbers) for task in self.tasks]
             for title, frame in (suite.tables(results) if suite.tables is not None else {}).items():
                 out.append(frame_table(title, frame))
+        if len(self.missed):
+            out.append(frame_table(OUTSIDE, self.missed))
         if len(self.checks):
             out.append(frame_table("What must hold", self.checks))
         if self.found["counterpart"].any():
@@ -191,7 +191,7 @@ class Report:
         parts = [f"## {self.results.suite.name}", f"{self.results.suite.summary}."]
         parts.append("\n".join(f"* {v['says'].rstrip('.')} ({v['rests']})" for v in self.verdicts()))
         if len(self.missed):
-            parts.append(markdown(frame_table("Outside their tolerance", self.missed)))
+            parts.append(markdown(frame_table(OUTSIDE, self.missed)))
         own = self.counterparts[self.counterparts["verdict"] == "miss"]
         if len(own):
             parts.append(markdown(replace(check_table(own), title="Behind what is published", text="")))
