@@ -29,7 +29,7 @@ STEPS: dict[str, tuple[float, ...]] = {
 """Parameter of each corruption at severities 1 to 5."""
 UNITS = {
     "rotation": "degrees, half of the images each way",
-    "noise": "standard deviation of normal noise on grey values in [0, 1], clipped",
+    "noise": "standard deviation of normal noise on grey values from 0 to 1, clipped",
     "blur": "standard deviation of a Gaussian kernel, pixels",
     "translation": "pixels, in one of the four directions; what leaves is lost, black comes in",
 }
@@ -47,14 +47,14 @@ def foreign_of(task: str) -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def training(task: str) -> tuple[Tensor, Tensor]:
     """Images (N, 784) in [0, 1] and class numbers (N,): the data set's training part."""
-    images, labels = dgm.load(TRAINED[task]).supervised().train
+    images, labels = dgm.load(TRAINED[task], binarize="none").supervised().train
     return images, labels.long()
 
 
 @lru_cache(maxsize=len(NEEDED))
 def tests(name: str) -> tuple[Tensor, Tensor]:
     """Test images and class numbers, none of OMNIGLOT; kept, for every guide looks at them."""
-    data = dgm.load(name)
+    data = dgm.load(name, binarize="none")  # grey as in training
     labels = torch.zeros(0) if data.labels is None else data.labels["test"]
     return data.test[0].clone(), labels.long()
 
