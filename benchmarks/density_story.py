@@ -132,9 +132,8 @@ def _short_of_best(rows: pd.DataFrame) -> str:
     """Guides whose best q was still gaining when its steps were over: theirs is the larger approximation gap."""
     done: Any = rows.get("gap_converged", pd.Series(True, index=rows.index))
     short = ", ".join(dict.fromkeys(str(g) for g in rows["guide"][done.eq(False)]))
-    return f" Approximation is too large, and amortization too small, of {short}: its best q still gained." * bool(
-        short
-    )
+    said = f" Approximation is too large, and amortization too small, of {short}: its best q still gained."
+    return said if short else ""
 
 
 def _weights(results: Results, tasks: list[str]) -> Chapter:
