@@ -144,6 +144,7 @@ class Report:
             out.append(f"one {suite.repeats} for each guide: no standard errors, and so no ranks")
         if suite.timed:
             out.append("rows are measured times: they vary from run to run, and only those of one task compare")
+            out.append("CPU s: processor time that it took to measure a cell, preparation included")
         else:
             out.append("rows are the same, bit for bit, for any number of workers and interruptions; costs vary")
             out.append("CPU s: processor time of a cell, training and evaluation")

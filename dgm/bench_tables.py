@@ -22,7 +22,7 @@ __all__ = ["LONG", "Table", "check_table", "failed_table", "frame_table", "markd
 
 LONG = 30
 """Rows of a table that is folded when it has more."""
-WORDS = re.compile(r"[^\W\d_]{3}")
+WORDS = re.compile(r"\s*[^\W\d_]{2}")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Table:
 
     @property
     def words(self) -> list[int]:
-        """Columns of words, which stand to the left: the first, and those where most cells have one."""
-        counts = [sum(bool(WORDS.search(row[i])) for row in self.rows) for i in range(len(self.heads))]
+        """Columns of words, which stand to the left: the first, and those where most cells begin with one."""
+        counts = [sum(bool(WORDS.match(row[i])) for row in self.rows) for i in range(len(self.heads))]
         return [i for i, count in enumerate(counts) if i == 0 or 2 * count > len(self.rows)]
 
 

@@ -267,7 +267,7 @@ def test_pictures_stay_where_arrays_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_long_tables_are_folded_and_words_stand_to_the_left() -> None:
-    table = Table("T", "", ["a", "n", "b"], [["x", "1.5 ± 0.1", "full-normal"]] * 31)
+    table = Table("T", "", ["a", "n", "b"], [["x", "1.5 ± 0.1 (tie)", "full-normal"]] * 31)
     text = markdown(table)
     assert "### T\n\n<details><summary>31 rows</summary>\n\n| a |" in text and text.endswith("|\n\n</details>")
     assert table.words == [0, 2]
