@@ -46,7 +46,7 @@ def curves_figure(rows: pd.DataFrame, scores: Mapping[str, str]) -> Figure:
     groups = {str(guide): part for guide, part in rows.groupby("guide", sort=False)}
     style = looks(list(groups))
     figure = Figure(figsize=(9.6, 2.3 * len(scores) + 1.1), layout="constrained")
-    grid = figure.subplots(len(scores), len(STEPS), squeeze=False, sharex=True, sharey="row")
+    grid = figure.subplots(len(scores), len(STEPS), squeeze=False, sharex="col", sharey="row")
     for line, (name, label) in enumerate(scores.items()):
         for column, kind in enumerate(STEPS):
             axes = grid[line, column]
@@ -97,7 +97,7 @@ def images_figure() -> Figure:
     Raises:
         DataError: a data set is missing.
     """
-    figure = Figure(figsize=(9.6, 6.2), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     parts: Any = figure.subfigures(1, len(TRAINED) + 1, width_ratios=[*([len(SHIFT)] * len(TRAINED)), SEEN])
     for part, task in zip(parts, TRAINED, strict=False):
         first = held_out(task, 1)[0]

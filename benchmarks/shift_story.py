@@ -55,6 +55,18 @@ def best(groups: Groups, column: str, most: bool = True) -> str:
     return max(groups, key=lambda guide: (1 if most else -1) * means(groups[guide], column)[0])
 
 
+def learned(groups: Groups) -> Groups:
+    """Guides that are more accurate than the nearest mean image: only they are compared, if there are any."""
+    found = {g: part for g, part in groups.items() if means(part, "accuracy")[0] > means(part, "nearest_mean")[0]}
+    return found or groups
+
+
+def left_out(groups: Groups) -> str:
+    """Those that are not compared: doubting everything is no knowledge."""
+    names = [said_of(groups, guide, "accuracy") for guide in groups if guide not in learned(groups)]
+    return f" Not compared, for the nearest mean image is more accurate: {'; '.join(names)}." if names else ""
+
+
 def said_of(groups: Groups, guide: str, column: str) -> str:
     return f"{guide}, {told(*means(groups[guide], column))}"
 
@@ -104,7 +116,7 @@ def _start(results: Results) -> Chapter:
 def _grows(rows: pd.DataFrame, by: Mapping[str, Groups]) -> Chapter:
     says, lines, figures = [], [], []
     for task, groups in by.items():
-        says.append((task, _shifted(groups)))
+        says.append((task, _shifted(learned(groups)) + left_out(groups)))
         for guide, part in groups.items():
             accuracy, error = (over_corruptions(part, name) for name in ("accuracy", "calibration_error"))
             lines.append(
@@ -174,7 +186,7 @@ def better_text(groups: Groups, column: str, most: bool, said: str) -> str:
 def _foreign(rows: pd.DataFrame, by: Mapping[str, Groups]) -> Chapter:
     says, figures, lines = [], [], []
     for task, groups in by.items():
-        says.append((task, _told_apart(task, groups)))
+        says.append((task, _told_apart(task, learned(groups)) + left_out(groups)))
         places = dict(zip(PLACES, foreign_of(task), strict=True))
         for guide, part in groups.items():
             line = {"trained on": task, "guide": guide}
@@ -233,7 +245,7 @@ def _cost(results: Results, by: Mapping[str, Groups]) -> Chapter:
                 }
             )  # fmt: skip
         if not math.isnan(base) and len(groups) > 1:
-            says.append((task, _worth(groups, spent, base)))
+            says.append((task, _worth(learned(groups), spent, base)))
     says.append(
         (
             "reading",
@@ -246,6 +258,8 @@ def _cost(results: Results, by: Mapping[str, Groups]) -> Chapter:
 
 
 def _worth(groups: Groups, spent: Mapping[str, float], base: float) -> str:
+    if POINT not in groups:
+        return "no rows of a point to compare with."
     good = means(groups[POINT], "auroc_entropy")[0]
     ahead = [g for g in groups if g != POINT and means(groups[g], "auroc_entropy")[0] > good and spent[g] > 0]
     if not ahead:

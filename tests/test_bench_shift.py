@@ -407,6 +407,21 @@ def test_the_story_follows_other_rows(undrawn: None) -> None:
     assert "SWAG before noise" not in told["Fashion-MNIST"]
 
 
+def test_a_guide_that_learned_nothing_is_not_compared(undrawn: None) -> None:
+    """It doubts everything, which makes it look calibrated under shift."""
+    found = made_up()
+    rows = found.rows.copy()
+    at = rows["guide"] == "Laplace, Kronecker"
+    rows.loc[at, ["calibration_error_shifted", "auroc_entropy"]] = [0.0, 0.99]
+    both = (rows, rows.assign(accuracy=rows["accuracy"].where(~at, 0.2)))
+    text = [[dict(chapter.says)["MNIST"] for chapter in shift_story.story(replace(found, rows=r))[1:3]] for r in both]
+    assert "best calibrated is Laplace, Kronecker, 0.000" in text[0][0]
+    assert "By predictive entropy Laplace, Kronecker, 0.990" in text[0][1]
+    for said in text[1]:
+        assert said.count("Laplace") == 1
+        assert said.endswith("the nearest mean image is more accurate: Laplace, Kronecker, 0.200 ± 0.000.")
+
+
 def test_one_seed_and_some_rows_are_enough(undrawn: None) -> None:
     found = made_up(seeds=1)
     rows = found.rows[found.rows["guide"].isin(["SWAG", "dropout"])]
@@ -459,6 +474,8 @@ def test_pictures_show_every_guide_and_corruption(sets: None) -> None:
     curves = shift_plots.curves_figure(part, shift_story.FOLLOWED)
     assert len(curves.axes) == len(STEPS) * len(shift_story.FOLLOWED)
     assert all(len(axes.lines) == len(shift_bnn.GUIDES) for axes in curves.axes)
+    marks = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in curves.axes[-len(STEPS) :]]
+    assert marks == [["none", *(f"{p:g}" for p in STEPS[kind])] for kind in STEPS]
     first = np.asarray(curves.axes[0].lines[0].get_ydata(), dtype=float)
     assert first == pytest.approx(0.951 - 0.1 * np.arange(6))
     places = dict(zip(shift_bnn.PLACES, foreign_of("MNIST"), strict=True))
