@@ -24,7 +24,7 @@ from dgm.bench_results import Results
 
 from .moons_story import means, told
 from .shift_bnn import GUIDES, PLACES, SMOKE, run_task
-from .shift_images import NEEDED, TRAINED, tests
+from .shift_images import NEEDED, TRAINED, kept_images
 from .shift_story import SHORT, groups_of, story
 
 BUDGET: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def cells(budget: str) -> list[Cell]:
 def ready(task: str) -> None:
     """Raises DataError where a data set is missing."""
     for name in NEEDED:
-        tests(name)
+        kept_images(name)
 
 
 def seconds(cell: Cell) -> float:

@@ -52,7 +52,7 @@ def training(task: str) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=len(NEEDED))
-def tests(name: str) -> tuple[Tensor, Tensor]:
+def kept_images(name: str) -> tuple[Tensor, Tensor]:
     """Test images and class numbers, none of OMNIGLOT; kept, for every guide looks at them."""
     data = dgm.load(name, binarize="none")  # grey as in training
     labels = torch.zeros(0) if data.labels is None else data.labels["test"]
@@ -61,7 +61,7 @@ def tests(name: str) -> tuple[Tensor, Tensor]:
 
 def held_out(task: str, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` test images and their class numbers."""
-    images, labels = tests(TRAINED[task])
+    images, labels = kept_images(TRAINED[task])
     return images[:count], labels[:count]
 
 
@@ -72,7 +72,7 @@ def foreign(name: str, count: int) -> Tensor:
     """
     if name == NOISE:
         return torch.rand(count, SIDE**2, generator=torch.Generator().manual_seed(0))
-    images = tests(TRAINED.get(name, "omniglot"))[0]
+    images = kept_images(TRAINED.get(name, "omniglot"))[0]
     if name == DRAWINGS:  # character by character, five drawers of each
         images = images.unflatten(0, (-1, 5)).transpose(0, 1).flatten(0, 1)
     return images[:count]

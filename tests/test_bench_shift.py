@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -59,13 +60,19 @@ def sets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             supervised=lambda: SimpleNamespace(train=both),
         )  # fmt: skip
 
-    for cached in (shift_images.training, shift_images.tests):
+    for cached in (shift_images.training, shift_images.kept_images):
         cached.cache_clear()
     monkeypatch.setattr(dgm, "load", made)
     monkeypatch.setattr(shift_images.dgm, "load", made)
     yield
-    for cached in (shift_images.training, shift_images.tests):
+    for cached in (shift_images.training, shift_images.kept_images):
         cached.cache_clear()
+
+
+@pytest.mark.parametrize("module", [shift_images, shift_plots, shift_story])
+def test_doctests(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -177,7 +184,7 @@ def test_foreign_images_are_of_another_kind(sets: None) -> None:
     for task in TRAINED:
         assert task not in foreign_of(task) and len(set(foreign_of(task))) == len(shift_bnn.PLACES)
     first = shift_images.foreign(shift_images.DRAWINGS, 80)
-    whole = shift_images.tests("omniglot")[0]
+    whole = shift_images.kept_images("omniglot")[0]
     assert torch.equal(first[:3], whole[[0, 5, 10]])  # a character of each before the next drawer
     assert torch.equal(first[-1], whole[5 * 79])
     noise = shift_images.foreign(NOISE, 50)
@@ -295,7 +302,7 @@ def test_missing_images_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(name: str, **_: Any) -> Any:
         raise DataError(f"no file {name}/train-images-idx3-ubyte.gz")
 
-    shift_images.tests.cache_clear()
+    shift_images.kept_images.cache_clear()
     monkeypatch.setattr(shift_images.dgm, "load", none)
     with pytest.raises(DataError, match=r"mnist/train-images-idx3-ubyte\.gz"):
         shift.ready("MNIST")
@@ -305,7 +312,7 @@ def test_without_data_cells_are_skipped_with_the_file(tmp_path: Path, monkeypatc
     def none(name: str, **_: Any) -> Any:
         raise DataError(f"no file {name}/train-images-idx3-ubyte.gz")
 
-    shift_images.tests.cache_clear()
+    shift_images.kept_images.cache_clear()
     monkeypatch.setattr(shift_images.dgm, "load", none)
     results = run_suite("shift", tmp_path / "run", budget="smoke", progress=False)
     assert set(results.skipped) == set(TRAINED) and not len(results.good)
