@@ -10,11 +10,11 @@ from torch import Tensor
 import dgm
 from dgm.bench_cells import Cell
 from dgm.bounds import mean_and_standard_error
+from dgm.fitted import Fit
 from dgm.gaps import gaps
 from dgm.heldout import spaced
 from dgm.optim import adam
 from dgm.programs import preserved_rng
-from dgm.training import Fit
 
 from .density_data import Parts, parts_of
 from .density_models import Settings, guide_of, loss_of, model_of, schedule_of
