@@ -70,10 +70,10 @@ class _File:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
                 self._import(node)
-        for number, statement in enumerate(tree.body):
+        for statement in tree.body:
             names = list(_names(statement))
-            if not names and not isinstance(statement, (ast.Import, ast.ImportFrom)) and not _is_text(statement):
-                names = [f"<{number}>"]
+            if not names and not isinstance(statement, (ast.Import, ast.ImportFrom)) and not _no_part(statement):
+                names = [f"<{hashlib.sha256(ast.unparse(statement).encode()).hexdigest()[:8]}>"]  # wherever it stands
                 self.always.append(names[0])
             for name in names:
                 self.defined.setdefault(name, []).append(statement)
@@ -93,7 +93,7 @@ class _File:
                 self.imported[known] = (alias.name, None)
 
     def uses(self, node: ast.AST) -> Iterator[tuple[str, str]]:
-        for part in ast.walk(node):
+        for part in _globals(node):
             if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
                 module, name = self.imported.get(part.value.id, ("", ""))
                 if module and name is None:
@@ -115,6 +115,54 @@ def _names(statement: ast.stmt) -> Iterator[str]:
     elif isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+
+
+def _globals(node: ast.AST, local: frozenset[str] = frozenset()) -> Iterator[ast.AST]:
+    """The parts of a node, without names that a function binds for itself: its arguments and what it assigns to."""
+    if isinstance(node, ast.Name) and node.id in local:
+        return
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in local:
+        return
+    yield node
+    inside = local
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        inside = local | _bound(node)
+    if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        first = node.generators[0]
+        yield from _globals(first.iter, local)
+        targets = (n for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name))
+        inside = local | {n.id for n in targets}
+        for part in ast.iter_child_nodes(node):
+            for own in ast.iter_child_nodes(part) if part is first else [part]:
+                if own is not first.iter:
+                    yield from _globals(own, inside)
+        return
+    for name, value in ast.iter_fields(node):
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, ast.AST):
+                yield from _globals(part, inside if name == "body" else local)
+
+
+def _bound(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> frozenset[str]:
+    names, elsewhere, waiting = set(), set(), list(ast.iter_child_nodes(function))
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, ast.arg):
+            names.add(part.arg)
+        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            names.add(part.id)
+        elif isinstance(part, (ast.Global, ast.Nonlocal)):
+            elsewhere.update(part.names)
+        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(part.name)
+        elif not isinstance(part, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            waiting += ast.iter_child_nodes(part)  # what those bind is theirs
+    return frozenset(names - elsewhere)
+
+
+def _no_part(statement: ast.stmt) -> bool:
+    """Whether an import runs nothing of it: text, and what a file does as a command."""
+    return _is_text(statement) or (isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test))
 
 
 def _is_text(statement: ast.stmt) -> bool:

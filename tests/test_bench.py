@@ -130,10 +130,35 @@ def test_a_fingerprint_sees_code_and_no_comments(tmp_path: Path) -> None:
             "caption": base.replace("'a'", "'b'"),
             "constant": base.replace("SIZE = 3", "SIZE = 4"),
             "code": base.replace("return helper()", "return helper() + 1"),
+            "command": base + "\nif __name__ == '__main__':\n    caption()\n",
+            "elsewhere": base.replace("SIZE = 3\n", "SIZE = 3\nMORE = 1\n"),
+            "statement": base + "\nhelper()\n",
         }.items()
     }
-    assert prints["base"] == prints["comment"] == prints["caption"]
-    assert len({prints["base"], prints["constant"], prints["code"]}) == 3
+    assert prints["base"] == prints["comment"] == prints["caption"] == prints["command"] == prints["elsewhere"]
+    assert len({prints["base"], prints["constant"], prints["code"], prints["statement"]}) == 4
+
+
+def test_a_fingerprint_knows_names_that_are_local(tmp_path: Path) -> None:
+    base = "def cells(budget):\n    return 1\n\nlow = 1\n\ndef run(cells):\n"
+    bodies = {
+        "argument": "    return [cells]\n",
+        "assigned": "    low = 2\n    return low\n",
+        "comprehension": "    return [low for low in cells]\n",
+        "reached": "    return [low for high in cells]\n",
+        "default": "    return (lambda low=low: low)(cells)\n",
+        "global": "    global low\n    low = 2\n    return low\n",
+    }
+    changed = {}
+    for name, body in bodies.items():
+        pair = [
+            reached(suite_of(code + body, tmp_path / name_dir(tmp_path, f"{name}{k}"), "suite"))
+            for k, code in enumerate((base, base.replace("return 1", "return 2").replace("low = 1", "low = 3")))
+        ]
+        changed[name] = pair[0] != pair[1]
+    assert changed == {
+        "argument": False, "assigned": False, "comprehension": False, "reached": True, "default": True, "global": True,
+    }  # fmt: skip
 
 
 def name_dir(tmp_path: Path, name: str) -> str:
