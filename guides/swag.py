@@ -183,8 +183,10 @@ class SWAG(Mode):
         """Mandt, Hoffman and Blei's step size, where it is stable."""
         few = min(rows, PROBED)
         some = _taken(data, torch.arange(few), rows)
-        gradients = torch.cat([g.double() for g in row_gradients(joint, u, some)])
-        noise = float(gradients.var(0, correction=0).sum())
+        total, square = torch.zeros(len(u), dtype=torch.float64, device=u.device), 0.0
+        for part in row_gradients(joint, u, some):  # sums: all rows at once would be rows times weights
+            total, square = total + part.double().sum(0), square + float(part.double().square().sum())
+        noise = square / few - float((total / few).square().sum())  # the sum of variances
         slope = lambda v: torch.func.grad(lambda w: _mean_loss(joint, w, some, few, rows))(v)  # noqa: E731
         vector = torch.cos(torch.arange(len(u), dtype=u.dtype, device=u.device) ** 2)  # of no special direction
         turn = torch.func.vjp(slope, u)[1]
