@@ -36,12 +36,28 @@ def provenance() -> dict[str, str]:
 
 def _command() -> str:
     if sys.argv and sys.argv[0].startswith("python -m "):  # `dgm.benchmarks` gives its suites their own words
-        return shlex.join([*sys.argv[0].split(), *sys.argv[1:]])
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name not in ("__main__", "pytest.__main__"):
-        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
-    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
-    return shlex.join([program, *sys.argv[1:]])
+        first = sys.argv[0].split()
+    else:
+        spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+        if spec is not None and spec.name not in ("__main__", "pytest.__main__"):
+            first = ["python", "-m", spec.name.removesuffix(".__main__")]
+        else:
+            first = [Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"]
+    return shlex.join([*first, *map(_portable, sys.argv[1:])])
+
+
+def _portable(word: str) -> str:
+    """A word of a command without the folders of this machine: from here where it lies below, else its last name.
+
+    >>> _portable("--out=/home/somebody/runs/first"), _portable("task=a/b"), _portable("0.1")
+    ('--out=first', 'task=a/b', '0.1')
+    """
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    here = Path.cwd()
+    return option + equals + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name)
 
 
 def _version(name: str) -> str:
