@@ -1,4 +1,4 @@
-"""`python -m dgm.benchmarks SUITE ...`: the suites by name; each also runs as `python -m dgm.benchmarks.SUITE ...`."""
+"""`python -m dgm.benchmarks NAME ...`: measurements of their own by name, and the suites of `dgm bench run`."""
 
 from __future__ import annotations
 

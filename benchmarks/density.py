@@ -12,8 +12,6 @@ dgm bench run density --budget short --jobs 2
 
 from __future__ import annotations
 
-import sys
-
 from dgm.bench_cells import Metric, Suite
 
 from .density_data import load_task
@@ -50,9 +48,3 @@ SUITE = Suite(
     notes=notes,
     story=story,
 )
-
-
-if __name__ == "__main__":
-    from .__main__ import main
-
-    main(["density", *sys.argv[1:]])

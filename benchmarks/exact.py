@@ -18,7 +18,6 @@ Estimators of the gradient are put side by side on the linear VAE with a full no
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -271,9 +270,3 @@ SUITE = Suite(
     group_by=("task", "guide"),
     checks=checks,
 )
-
-
-if __name__ == "__main__":
-    from .__main__ import main
-
-    main(["exact", *sys.argv[1:]])

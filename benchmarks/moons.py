@@ -12,7 +12,6 @@ order, with pictures.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,9 +118,3 @@ SUITE = Suite(
     notes=notes,
     story=story,
 )  # fmt: skip
-
-
-if __name__ == "__main__":
-    from .__main__ import main
-
-    main(["moons", *sys.argv[1:]])

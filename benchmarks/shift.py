@@ -14,7 +14,6 @@ a point and a diagonal normal, and are the same for all guides and both sets.
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import pandas as pd
@@ -161,9 +160,3 @@ SUITE = Suite(
     notes=notes,
     story=story,
 )
-
-
-if __name__ == "__main__":
-    from .__main__ import main
-
-    main(["shift", *sys.argv[1:]])

@@ -269,9 +269,3 @@ SUITE = Suite(
     figures=figures,
     notes=notes,
 )  # fmt: skip
-
-
-if __name__ == "__main__":
-    from .__main__ import main
-
-    main(["speed", *sys.argv[1:]])

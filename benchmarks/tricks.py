@@ -13,7 +13,6 @@ density. An effect is the mean of paired differences over splits.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,9 +92,3 @@ SUITE = Suite(
     notes=notes,
     story=story,
 )
-
-
-if __name__ == "__main__":
-    from .__main__ import main
-
-    main(["tricks", *sys.argv[1:]])

@@ -15,7 +15,6 @@ starts wide about the network's own initial weights.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -235,9 +234,3 @@ SUITE = Suite(
     tables=tables,
     notes=notes,
 )
-
-
-if __name__ == "__main__":
-    from .__main__ import main
-
-    main(["uci", *sys.argv[1:]])
